@@ -1,11 +1,10 @@
 """Adds tokens to a tokenizer, for a model that continues on other text. See docs/finetuning.md."""
 
 import time
-from itertools import islice
 from pathlib import Path
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
-from relora_mora.commands.train_tokenizer import texts_of
+from relora_mora.commands.train_tokenizer import sampled
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import new_folder
 from relora_mora.system.process import many_imports
@@ -53,22 +52,19 @@ def main(
         relora-mora extend-tokenizer models/smollm2 tokenizers/extended --data='texts/*.txt' --pieces=1000
     """
     started = time.monotonic()
-    texts = texts_of(data, overrides)
     with many_imports():
         from relora_mora.tokenizer.extend import Extension
         from relora_mora.tokenizer.identity import vocabulary_size
-        from relora_mora.tokenizer.training import sample
 
     wanted = None if list is None else _lines(Path(list))
     extension = Extension(tokenizer)
     before = vocabulary_size(extension.tokenizer)
     with new_folder(Path(out)) as folder:
-        with Bar("reading the text", "document", after=0.0) as bar:
-            documents, _ = sample(bar.over(islice(texts, max_documents or None)), max_bytes=max_bytes, seed=seed)
+        documents = sampled(data, overrides, max_documents=max_documents, max_bytes=max_bytes, seed=seed)
         held_out = documents[::_HELD_OUT]
         if len(documents) < 2:
             raise TokenizerError(
-                f"{data}: {len(documents)} documents with text, and one is held out; give more, or split it with "
+                f"{data}: one document with text, and one is held out; give more, or split it with "
                 "--data.sample_by=paragraph"
             )
         with Bar("adding tokens"):

@@ -1,21 +1,21 @@
 """Trains a tokenizer on any source that the trainer can read."""
 
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Processes
+from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import new_folder
 from relora_mora.system.process import many_imports
-from relora_mora.tokenizer.files import MOST_PIECES, TokenizerError
+from relora_mora.tokenizer.files import TokenizerError
 
 _FEWEST_PIECES = 3 + 256 + 1  # unk, bos, eos, bytes, and one more
+_MOST_PIECES = 10_000_000
 _CHECKED_DOCUMENTS = 1000
 
 
@@ -23,17 +23,17 @@ def main(
     data: str,
     out: str,
     *,
-    vocab_size: Annotated[int, Ge(_FEWEST_PIECES), Le(MOST_PIECES)] = 32000,
+    vocab_size: Annotated[int, Ge(_FEWEST_PIECES), Le(_MOST_PIECES)] = 32000,
     seed: int = 0,
     max_documents: NonNegativeInt = 1_000_000,
     max_bytes: PositiveInt = 256 * 1024 * 1024,
     character_coverage: Annotated[float, Ge(0.9), Le(1)] = 0.99995,
-    threads: Processes | None = None,
     **overrides: str,
 ) -> None:
     """Trains a tokenizer on a text.
 
-    It is a sentencepiece BPE tokenizer with byte fallback, in a folder that transformers loads.
+    It is a sentencepiece BPE tokenizer with byte fallback, in a folder that transformers loads. It trains with a thread
+    per core, at most 16.
 
     Arguments:
         data: a source of text as in a run's data.train (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a YAML
@@ -51,28 +51,17 @@ def main(
         max_bytes: train on a random sample of at most this many bytes of the documents read; it is held in memory
         seed: seed of the sample of documents
 
-    Speed:
-        threads: number of training threads (the result does not depend on it); default: one per core, at most 16
-
     Example:
         relora-mora train-tokenizer --data='texts/*.txt' --data.sample_by=document --out=tokenizers/mine
     """
     started = time.monotonic()
-    texts = texts_of(data, overrides)
     with many_imports():
-        from relora_mora.tokenizer.training import sample, train, write
+        from relora_mora.tokenizer.training import train, write
 
     with new_folder(Path(out)) as folder:
-        limit = min(max_documents, sys.maxsize) or None
-        with Bar("reading the text", "document", after=0.0) as bar:
-            documents, read = sample(bar.over(islice(texts, limit)), max_bytes=max_bytes, seed=seed)
-        if not documents:
-            reason = "it has no text" if not read else f"none of its {read:,} documents fits --max_bytes={max_bytes}"
-            raise TokenizerError(f"{data}: {reason}; give a source with text to train on")
-        sampled = sum(len(text.encode()) for text in documents)
-        print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
+        documents = sampled(data, overrides, max_documents=max_documents, max_bytes=max_bytes, seed=seed)
         with Bar("training the tokenizer"):
-            model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
+            model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage)
         with Bar("checking the tokenizer"):
             bytes_per_token = write(model, folder, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
     seconds = time.monotonic() - started
@@ -82,12 +71,22 @@ def main(
     )
 
 
-def texts_of(data: str, overrides: Mapping[str, str]) -> Iterator[str]:
-    """The texts of ``--data``; raises :class:`ConfigError` before the first one, if its settings are wrong."""
-    from relora_mora.config.data_flags import READING, parse_typed, read_data
-    from relora_mora.data.read import iter_texts
+def sampled(data: str, overrides: Mapping[str, str], *, max_documents: int, max_bytes: int, seed: int) -> list[str]:
+    """A sample of the documents of ``--data``; raises ValueError if its settings are wrong or it has no text."""
+    with many_imports():
+        from relora_mora.config.data_flags import READING, parse_typed, read_data
+        from relora_mora.data.read import iter_texts
+        from relora_mora.tokenizer.training import sample
 
     config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
     if len({source.weight for source in config.train}) > 1:
         raise TokenizerError("--data: sources are read one after the other, without weights; leave the weights out")
-    return iter_texts(config.train, split="train", config=config)
+    texts = iter_texts(config.train, split="train", config=config)
+    with Bar("reading the text", "document", after=0.0) as bar:
+        documents, read = sample(bar.over(islice(texts, max_documents or None)), max_bytes=max_bytes, seed=seed)
+    if not documents:
+        reason = "it has no text" if not read else f"none of its {read:,} documents fits --max_bytes={max_bytes}"
+        raise TokenizerError(f"{data}: {reason}; give a source with text")
+    size = sum(len(text.encode()) for text in documents)
+    print(f"training on {len(documents):,} of the {read:,} documents read, {size / 1e6:,.1f} MB", flush=True)
+    return documents

@@ -91,13 +91,6 @@ class TextSource(Strict):
     records: RecordsConfig | None = Field(None, description="what its rows hold; null: data.records")
     name: Name | None = Field(None, description="name in metrics; null: the last part of source")
     weight: Weight = Field(1.0, description="share of the tokens, relative to the mixture's other weights")
-    max_epochs: Positive | None = Field(None, description="how often it may be read; null: no limit")
-    at_max_epochs: Literal["stop", "warn"] = Field("stop", description="what happens at the end of max_epochs")
-
-    @property
-    def may_end(self) -> bool:
-        """Whether a run stops after some epochs of it."""
-        return self.max_epochs is not None and self.at_max_epochs == "stop"
 
     @property
     def label(self) -> str:

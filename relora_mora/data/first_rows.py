@@ -12,12 +12,13 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
+from relora_mora.data.lanes import Cursor, Part, lane_parts
 from relora_mora.data.read import open_rows, rows_in_order, scored_mask
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import FEWEST_ROWS, Ids, RecordsFound, Scored
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.sources import configured_shards
+from relora_mora.data.stream.lane import Lane
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -86,14 +87,13 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
         own = shards_of_source(shards, config, name)
         if any(each[name] for each in weights) and packing_of(config, own) == "stream":
             with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-                plans = lane_plans(config, lanes, len(own))
-                list(threads.map(functools.partial(_read_first, own, config), plans))
+                read_first = functools.partial(_read_first, own, config)
+                list(threads.map(read_first, range(lanes), lane_parts(config, lanes, len(own))))
 
 
-def _read_first(shards: Sequence[Shard], config: DataConfig, plan: LanePlan) -> None:
+def _read_first(shards: Sequence[Shard], config: DataConfig, lane: int, parts: Sequence[Part]) -> None:
     one_row = config.model_copy(update={"shuffle_documents": 1})
-    rows: LaneRows[Any] = LaneRows(plan, shards, one_row, functools.partial(open_rows, config), encode=list)
-    with closing(rows.rows_from(Cursor())) as first:
+    with closing(Lane(lane, parts, shards, one_row, list, eos=0).rows(Cursor())) as first:
         next(first)
 
 

@@ -3,22 +3,23 @@
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from relora_mora.config.data import DataConfig, Packing, TextSource, as_sources
+from relora_mora.config.data import DataConfig, TextSource, as_sources
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import rows_in_order, scored_mask
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import Encoded, RecordsFound
 from relora_mora.data.sources import shards_of
-from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined
-from relora_mora.data.stream.whole import block_of, packed
+from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, block_of, document_ids, packed
 from relora_mora.data.tokens.make import check_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -87,24 +88,30 @@ class EvalSet:
         unscored sequences. Over all ranks, each token is scored once, including those of the short last block. Batches
         are no larger than needed if ``shrinks``; compiled layers need batches of one size instead.
         """
-        import torch
-
         length = self.scored.shape[1]
         if shrinks:
             micro_batch_size = min(micro_batch_size, -(-self.blocks // world_size))
         per_round = micro_batch_size * world_size
         for first in range(rank * micro_batch_size, -(-self.blocks // per_round) * per_round, per_round):
-            inputs = np.full((micro_batch_size, length), self.eos, np.int64)
-            labels = np.full((micro_batch_size, length), UNSCORED, np.int64)
-            documents = np.tile(np.arange(1, length + 1, dtype=np.int32), (micro_batch_size, 1))  # an EOS begins one
-            rows = slice(first, min(first + micro_batch_size, self.blocks))
-            here = slice(0, max(0, rows.stop - first))
-            inputs[here] = self.tokens[rows, :-1]
-            labels[here] = np.where(self.scored[rows], self.tokens[rows, 1:], UNSCORED)
+            rows = slice(first, first + micro_batch_size)  # fewer, or none, at the end
+            labels = np.where(self.scored[rows], self.tokens[rows, 1:], UNSCORED)
+            documents = None
             if self.document_ids is not None:
-                documents[here] = self.document_ids[rows]
-            document_ids = None if self.document_ids is None else torch.from_numpy(documents)
-            yield torch.from_numpy(inputs), torch.from_numpy(labels), document_ids
+                begins_each = np.arange(1, length + 1, dtype=np.int32)  # an EOS begins a document
+                documents = _padded(self.document_ids[rows], micro_batch_size, begins_each)
+            yield (
+                _padded(self.tokens[rows, :-1].astype(np.int64), micro_batch_size, self.eos),
+                _padded(labels.astype(np.int64), micro_batch_size, UNSCORED),
+                documents,
+            )
+
+
+def _padded(rows: npt.NDArray[Any], count: int, value: Any) -> "torch.Tensor":
+    """[count, T]: the rows, then rows of ``value``."""
+    import torch
+
+    padding = np.broadcast_to(np.asarray(value, rows.dtype), (count - len(rows), rows.shape[1]))
+    return torch.from_numpy(np.concatenate([rows, padding]))
 
 
 def load_eval_set(
@@ -130,40 +137,31 @@ def load_eval_set(
     content_of(shards)  # raises for tokens that have changed
     packing = packing_of(config, shards)
     counts = RecordsFound(config)
-    in_order = rows_in_order(shards, config, tokenizer, packing, counts)
     names = ", ".join(source.source for source in as_sources(sources))
-    rows = list(_up_to(max_tokens, in_order, packing, names))
+    rows: list[Encoded] = []
+    masks: list[Mask] = []
+    left = math.inf if max_tokens is None else max_tokens
+    for row in rows_in_order(shards, config, tokenizer, packing, counts):
+        mask = scored_mask(row, packing)
+        left -= int(mask.sum())
+        if left < 0 and rows:
+            break
+        rows.append(row)
+        masks.append(mask)
     if not rows:
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
     if counts.left_out:
         log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", counts)
+    blocks = _stream(rows, masks, config, eos) if packing == "stream" else _whole(rows, config, eos, packing == "whole")
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
-    pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
     return EvalSet(
-        *pack(rows, config, eos),
+        *blocks,
         utf8_bytes=sum(sizes) if len(sizes) == len(rows) else None,
         digest=_digest(rows),
         documents=len(rows),
         eos=eos,
         answers=list(itertools.islice(filter(None, map(answer_of, rows)), answers)),
     )
-
-
-def _up_to(max_tokens: int | None, rows: Iterable[Encoded], packing: Packing, names: str) -> Iterator[Encoded]:
-    total = 0
-    for number, row in enumerate(rows):
-        size = int(scored_mask(row, packing).sum())
-        if max_tokens is not None and number and total + size > max_tokens:
-            if total < max_tokens / 2:
-                log.warning(
-                    "%s: only %s of at most %s tokens are scored, because the next document has %s; split the text "
-                    "(data.sample_by), or raise the limit (eval.max_tokens, --max_tokens)",
-                    names,
-                    *(f"{count:,}" for count in (total, max_tokens, size)),
-                )
-            return
-        total += size
-        yield row
 
 
 def _digest(rows: Iterable[Encoded]) -> str:
@@ -176,22 +174,24 @@ def _digest(rows: Iterable[Encoded]) -> str:
     return digest.hexdigest()
 
 
-def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Tokens, Mask, DocumentIds | None]:
+def _stream(
+    rows: Sequence[Encoded], masks: Sequence[Mask], config: DataConfig, eos: int
+) -> tuple[Tokens, Mask, DocumentIds | None]:
     """The blocks that the first lane of a stream would have; the last block is padded with unscored EOS."""
     length = config.sequence_length
-    row_tokens, row_scored = joined(rows, eos)
+    row_tokens = np.concatenate([np.array([*row.ids, eos], np.int32) for row in rows])
     blocks = -(-len(row_tokens) // length)
     tokens = np.full(blocks * length + 1, eos, np.int32)
     tokens[1 : len(row_tokens) + 1] = row_tokens
     scored = np.zeros(blocks * length, np.bool_)
-    scored[: len(row_tokens)] = row_scored
+    scored[: len(row_tokens)] = np.concatenate(masks)
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
     documents = document_ids(windows[:, :-1], eos) if config.document_mask else None
     return windows, scored.reshape(blocks, length), documents
 
 
 def _whole(
-    rows: Sequence[Encoded], config: DataConfig, eos: int, *, fills: bool
+    rows: Sequence[Encoded], config: DataConfig, eos: int, fills: bool
 ) -> tuple[Tokens, Mask, DocumentIds | None]:
     length = config.sequence_length
     blocks = [

@@ -17,7 +17,7 @@ from relora_mora.config.data import DataConfig, Packing, Split, TextSource
 from relora_mora.data.columns import RangeRows
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.files import open_file
-from relora_mora.data.lanes import lane_plans
+from relora_mora.data.lanes import lane_parts
 from relora_mora.data.lines import LineRows
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import CALL_CHARACTERS, Encoded, JudgedRows, Note, RecordsFound, in_calls
@@ -40,9 +40,10 @@ _ROWS_PER_CALL = 64
 def open_rows(
     config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Note = log.warning
 ) -> JudgedRows | TokenRows:
-    """The texts, records or tokens of a shard of any format (see ``rows.OpenRows``).
+    """The texts, records or tokens of a shard of any format, for lane ``phase`` of the ``stride`` that share it.
 
-    In plain text every document is a row. Only the limits and ``sample_by`` of ``config`` are used.
+    In plain text every document is a row. ``bad`` is ``JudgedRows.bad`` at the position to which the caller skips
+    next. Only the limits and ``sample_by`` of ``config`` are used.
     """
     if shard.tokens is not None:
         return TokenRows(shard, stride, phase, bad)
@@ -151,8 +152,8 @@ def count_epochs(
     if not tokens:
         sources = ", ".join(source.source for source in config.train)
         raise SourceError(f"the training data {sources} holds no text; give a source with at least one document")
-    plans = lane_plans(config, lanes, len(shards))
-    bytes_of = [sum((shards[part.shard].size or 0) / part.stride for part in plan.parts) for plan in plans]
+    parts = lane_parts(config, lanes, len(shards))
+    bytes_of = [sum((shards[part.shard].size or 0) / part.stride for part in of_lane) for of_lane in parts]
     if max(bytes_of) > 1.1 * sum(bytes_of) / lanes:
         log.warning(
             "lanes have unequal shares of %s files, so after an epoch some text is unread and other text was read "

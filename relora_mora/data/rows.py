@@ -1,8 +1,7 @@
 """The interface between packing and the rows that are packed, and the limit on rows that cannot be used.
 
-A lane knows neither the format of its shards nor the meaning of their rows. It is given two functions: one opens the
-rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored tokens (``Encode``). ``read.py`` opens
-shards of every format, and ``encoders.py`` has the functions that tokenize.
+A lane knows neither the format of its shards nor the meaning of their rows. ``read.open_rows`` opens the rows of a
+shard, and a function of ``encoders.py`` tokenizes rows and marks the scored tokens (``Encode``).
 """
 
 import io
@@ -67,11 +66,6 @@ def in_calls(rows: Iterable[Row | Skipped], most: int, characters: int) -> Itera
 def share_of(rows: range, lanes: int, lane: int) -> range:
     """One of the equal ranges into which so many lanes split the rows of a file with columns."""
     return rows[-(-len(rows) * lane // lanes) : -(-len(rows) * (lane + 1) // lanes)]
-
-
-# Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it; these are keywords, as are ``note``
-# and ``bad``, which is ``JudgedRows.bad`` at the position to which the caller skips next.
-OpenRows = Callable[..., Any]
 
 
 class JudgedRows(ABC):

@@ -13,7 +13,7 @@ from relora_mora.config.data import DataConfig, Split, TextSource, as_sources, i
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.named_sets import C4, commit_of, expand_braces, files_in, hub_files, hub_shard, set_name
 from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
-from relora_mora.data.tokens.index import COMMAND, file_in, finished_index, is_token_folder
+from relora_mora.data.tokens.index import COMMAND, file_in, finished_files, is_token_folder
 from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
 
@@ -104,7 +104,7 @@ def _url_shards(source: str) -> Iterator[Shard]:
 
 def token_shards(folder: Path) -> Iterator[Shard]:
     """The files of a finished folder of tokens."""
-    for number, file in enumerate(finished_index(folder).token_files()):
+    for number, file in enumerate(finished_files(folder)):
         path = file_in(folder, number).absolute()
         try:
             version = Version.on_disk(path.stat())

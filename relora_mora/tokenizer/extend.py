@@ -8,14 +8,12 @@ import heapq
 import itertools
 import json
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_mora.tokenizer import files
-from relora_mora.tokenizer.files import TokenizerError
+from relora_mora.tokenizer.files import DESCRIPTION, MODEL_FILE, TokenizerError
 from relora_mora.tokenizer.identity import save_tokenizer, vocabulary_size
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 
@@ -70,16 +68,12 @@ class Extension:
         Raises :class:`TokenizerError` for pieces that cannot be tokens.
         """
         for piece in pieces:
-            found = self._words(piece) if self.has_bytes else [piece.replace(" ", SPACE)]
-            if len(found) != 1:
-                raise TokenizerError(
-                    f"the piece {piece!r}: the tokenizer splits text into words before it looks for tokens, here into "
-                    f"{len(found)}; give one word, or a word with the space before it"
-                )
-            parts = self._merged(self._parts(found[0]))
+            words = self._words(piece) if self.has_bytes else [piece.replace(" ", SPACE)]
+            parts = self._merged(self._parts(words[0])) if len(words) == 1 else [""]
             if not all(parts):
                 raise TokenizerError(
-                    f"the piece {piece!r} has characters that the tokenizer does not know; leave it out"
+                    f"the piece {piece!r} cannot be a token: the tokenizer splits it into words, or lacks its "
+                    "characters; give one word, or a word with the space before it"
                 )
             for part in parts[1:]:
                 self._add((parts[0], part))
@@ -88,32 +82,24 @@ class Extension:
     def save(self, out: Path, texts: Sequence[str]) -> tuple[float, float]:
         """Writes the extended tokenizer, and returns its UTF-8 bytes per token of the texts, before and after.
 
-        Raises :class:`TokenizerError` if it does not decode to what the old one decodes to.
+        The folder has a ``tokenizer.json`` and no sentencepiece model. Raises :class:`TokenizerError` if it does not
+        decode to what the old one decodes to.
         """
-        with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
-            work = Path(temporary)
-            save_tokenizer(self.tokenizer, work)
-            model = work / files.MODEL_FILE
-            description = work / files.DESCRIPTION
-            if model.is_file():
-                model.write_bytes(self._sentencepieces(model.read_bytes()))
-                description.unlink()
-            else:
-                description.write_text(json.dumps(self._description(), ensure_ascii=False), encoding="utf-8")
-            extended = load_tokenizer(work)
-            before, after = [encode(each, [*HARD_TEXTS, *texts]) for each in (self.tokenizer, extended)]
-            old, new = self.tokenizer.get_vocab(), extended.get_vocab()
-            added = dict(zip(self.tokens, itertools.count(vocabulary_size(self.tokenizer)), strict=False))
-            exact = new == {**old, **added} and all(
-                extended.decode(those) == self.tokenizer.decode(these)
-                for these, those in zip(before, after, strict=True)
-            )
-            if model.is_file():
-                reference = files.open_sentencepiece(model)
-                exact = exact and after[len(HARD_TEXTS) :] == [reference.encode(text) for text in texts]
-            if not exact:
-                raise TokenizerError(f"{self.path}: extended, it is not exact; update tokenizers and transformers")
-            save_tokenizer(extended, out)
+        model = self.described["model"]
+        first = vocabulary_size(self.tokenizer)
+        for token in self.described["added_tokens"]:  # else their ids would move to the end of a longer vocabulary
+            model["vocab"].setdefault(token["content"], token["id"])
+        added = {token: first + number for number, token in enumerate(self.tokens)}
+        model["vocab"] |= added
+        model["merges"] += [list(merge) for merge in self.merges]
+        save_tokenizer(self.tokenizer, out)
+        (out / MODEL_FILE).unlink(missing_ok=True)
+        (out / DESCRIPTION).write_text(json.dumps(self.described, ensure_ascii=False), encoding="utf-8")
+        extended = load_tokenizer(out)
+        before, after = [encode(each, [*HARD_TEXTS, *texts]) for each in (self.tokenizer, extended)]
+        decoded = zip(map(self.tokenizer.decode, before), map(extended.decode, after), strict=True)
+        if extended.get_vocab() != {**self.tokenizer.get_vocab(), **added} or any(old != new for old, new in decoded):
+            raise TokenizerError(f"{self.path}: extended, it is not exact; update tokenizers and transformers")
         size = sum(len(text.encode()) for text in texts)
         counts = [sum(map(len, ids[len(HARD_TEXTS) :])) for ids in (before, after)]
         return size / max(1, counts[0]), size / max(1, counts[1])
@@ -148,26 +134,6 @@ class Extension:
         while found := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
             parts = _join(parts, min(found, key=ranks.__getitem__))
         return parts
-
-    def _description(self) -> dict[str, Any]:
-        """The content of the new tokenizer.json."""
-        model = self.described["model"]
-        first = vocabulary_size(self.tokenizer)
-        for token in self.described["added_tokens"]:  # else their ids would move to the end of a longer vocabulary
-            model["vocab"].setdefault(token["content"], token["id"])
-        model["vocab"] |= {token: first + number for number, token in enumerate(self.tokens)}
-        model["merges"] += [list(merge) for merge in self.merges]
-        return self.described
-
-    def _sentencepieces(self, model: bytes) -> bytes:
-        """A sentencepiece model with the new tokens."""
-        from sentencepiece import sentencepiece_model_pb2
-
-        extended: Any = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
-        lowest = min(piece.score for piece in extended.pieces)
-        for number, token in enumerate(self.tokens, start=1):
-            extended.pieces.add(piece=token, score=lowest - number)
-        return bytes(extended.SerializeToString())
 
 
 def most_frequent_merges(words: Mapping[str, tuple[list[str], int]], known: Iterable[str]) -> Iterable[Merge]:

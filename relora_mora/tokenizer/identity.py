@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from relora_mora.tokenizer import files
-from relora_mora.tokenizer.load import HARD_TEXTS, auto_tokenizer, encode, load_tokenizer, quiet_transformers
+from relora_mora.tokenizer.load import HARD_TEXTS, encode, from_folder, has_ids_of, load_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,33 +54,26 @@ def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | N
 
 
 def _equal_model(tokenizer: "PreTrainedTokenizerBase", path: Path) -> Path | None:
-    """The sentencepiece model at a tokenizer's path if it gives the same ids; None if there is no such model.
-
-    It must also give them after a special token, where a newer Llama or Mistral adds no space, but its model does.
-    """
+    """The sentencepiece model at a tokenizer's path if it gives the same ids; None if there is no such model."""
     model = path if path.is_file() else path / files.MODEL_FILE
     try:
-        processor = files.open_sentencepiece(model)
+        reference = files.open_sentencepiece(model)
     except (OSError, files.TokenizerError):  # a tiktoken file of the same name, as in Llama 3
         return None
-    if tokenizer.get_vocab() != files.pieces_of(processor):
-        return None
-    if encode(tokenizer, HARD_TEXTS) != [processor.encode(text) for text in HARD_TEXTS]:
-        return None
+    end = tokenizer.eos_token
+    # after a special token a newer Llama or Mistral adds no space, but its model does
     for text in ("a", " a"):
-        continued = f"{tokenizer.eos_token}{text}"
-        ids = tokenizer.encode(continued, add_special_tokens=False, split_special_tokens=False)
-        if ids != [tokenizer.eos_token_id, *processor.encode(text)]:
+        ids = tokenizer.encode(f"{end}{text}", add_special_tokens=False, split_special_tokens=False)
+        if ids != [tokenizer.eos_token_id, *reference.encode(text)]:
             return None
-    return model
+    return model if has_ids_of(tokenizer, reference) else None
 
 
 def gives_same_tokens(path: str | Path, other: str | Path, loaded: "PreTrainedTokenizerBase | None" = None) -> bool:
     """Whether two tokenizers give the same ids, judging by their vocabularies and hard texts.
 
     They may even if their fingerprints differ: one has a ``tokenizer.model``, the other only a ``tokenizer.json``.
-    ``loaded`` belongs to ``path``, as for :func:`tokenizer_fingerprint`. Raises :class:`TokenizerError` like
-    :func:`load_tokenizer`.
+    ``loaded`` belongs to ``path``, as for :func:`tokenizer_fingerprint`.
     """
     first = load_tokenizer(path) if loaded is None else loaded
     second = load_tokenizer(other)
@@ -95,10 +88,13 @@ def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str |
     ``out`` may already hold a model with its ``config.json``. Raises :class:`TokenizerError` if transformers refuses to
     write the folder, or the folder gives other ids.
     """
+    from transformers import AutoTokenizer
+
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     out = Path(out)
-    model = _equal_model(tokenizer, Path(tokenizer.name_or_path))
+    name = Path(tokenizer.name_or_path)
+    model = _equal_model(tokenizer, name)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with quiet_transformers():
@@ -106,19 +102,16 @@ def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str |
             if model is not None and model.resolve() != (out / files.MODEL_FILE).resolve():
                 # not copyfile, whose error for a full disk names the file that it reads
                 (out / files.MODEL_FILE).write_bytes(model.read_bytes())
-            saved = auto_tokenizer(out)
-        written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
+            saved = from_folder(AutoTokenizer, out, name)
+            written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # transformers' errors for wrong types
-        reason = " ".join(str(error).split()).replace(str(out), tokenizer.name_or_path)
+        reason = " ".join(str(error).split()).replace(str(out), str(name))
         raise files.TokenizerError(
-            f"{tokenizer.name_or_path}: transformers cannot save it ({reason}); fix its tokenizer_config.json"
+            f"{name}: transformers cannot save it ({reason}); fix its tokenizer_config.json"
         ) from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
-        config = out / "config.json"
-        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
-        context = "" if kind is None else f" next to a model of type {kind}"
         raise files.TokenizerError(
-            f"{tokenizer.name_or_path}: saved{context}, transformers gives other ids for it; use a tokenizer for that "
+            f"{name}: transformers gives other ids for it once it is saved; next to a model, give a tokenizer for that "
             "type of model"
         )
 

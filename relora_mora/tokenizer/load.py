@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from relora_mora.tokenizer import files
 
@@ -52,21 +52,53 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     Raises :class:`TokenizerError` if no tokenizer is found, it has no end-of-document token, text could have that
     token, or its ids differ from sentencepiece's.
     """
+    from transformers import PreTrainedTokenizerFast
+
     path = Path(path)
     files.check_exists(path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     model = files.sentencepiece_file(path)
     reference = None if model is None else files.open_sentencepiece(model)
-    with quiet_transformers():
-        tokenizer = _load(path)
-    if reference is not None:
-        _check_ids(tokenizer, reference, path)
-    if tokenizer.eos_token_id is None:
-        remedy = "name one as eos_token in tokenizer_config.json"
-        if model is not None:
-            remedy = "train the sentencepiece model with an eos_id, as relora-mora train-tokenizer does"
-        raise files.TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {remedy}")
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
+        folder = path
+        if path.is_file():
+            folder = Path(temporary)
+            shutil.copyfile(path, folder / files.MODEL_FILE)
+        settings = {} if model is None else {"legacy": True}  # otherwise its spaces would differ from sentencepiece's
+        # AutoTokenizer would choose a class by names in the folder, and some split text by rules of their own
+        tokenizer = from_folder(PreTrainedTokenizerFast, folder, path, split_special_tokens=True, **settings)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path)
+    backend = tokenizer.backend_tokenizer  # these may have been on when it was saved
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+    if reference is not None and not has_ids_of(tokenizer, reference):
+        raise files.TokenizerError(
+            f"{path}: it has other tokens or ids than {files.MODEL_FILE} with sentencepiece, because of other files or "
+            f"an old transformers; with AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r}), "
+            f"write the {files.DESCRIPTION} that is meant"
+        )
     _check_end(tokenizer, path)
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def from_folder(kind: Any, folder: Path, name: Path, **settings: Any) -> Any:
+    """A tokenizer of one of transformers' classes.
+
+    Raises :class:`TokenizerError`, whose message names ``name`` instead of the folder.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
+    except Exception as error:  # transformers raises nearly any kind of error here
+        reason = " ".join(str(error).split()).replace(str(folder), str(name))
+        raise files.TokenizerError(
+            f"{name}: transformers cannot load this tokenizer ({reason}); {files.EXPECTED}"
+        ) from error
+    # arguments of this call and names of code, which must not get into tokenizer_config.json
+    for key in ("is_local", "local_files_only", "auto_map"):
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
@@ -90,81 +122,23 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None, **settings: Any) -> Any:
-    """A transformers tokenizer loaded from a folder by ``AutoTokenizer``, or by the class ``kind``.
-
-    Raises :class:`TokenizerError`, whose message names ``named`` instead of the folder.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = (kind or AutoTokenizer).from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, **settings
-        )
-    except Exception as error:  # transformers raises nearly any kind of error here
-        name = named or folder
-        reason = " ".join(str(error).split()).replace(str(folder), str(name))
-        raise files.TokenizerError(
-            f"{name}: transformers cannot load this tokenizer ({reason}); {files.EXPECTED}"
-        ) from error
-    # arguments of this call and names of code, which must not get into tokenizer_config.json
-    for key in ("is_local", "local_files_only", "auto_map"):
-        tokenizer.init_kwargs.pop(key, None)
-    return tokenizer
-
-
-def _check_ids(tokenizer: "PreTrainedTokenizerBase", reference: "SentencePieceProcessor", path: Path) -> None:
-    """Raises :class:`TokenizerError` if a tokenizer has other tokens than its sentencepiece model, or other ids."""
-    pieces = files.pieces_of(reference)
-    others = [token for token, number in tokenizer.get_vocab().items() if pieces.get(token) != number]
-    if others:
-        call = f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
-        raise files.TokenizerError(
-            f"{path}: has tokens that {files.MODEL_FILE} does not have, such as {min(others)!r}, and no "
-            f"{files.DESCRIPTION}; write one with {call}"
-        )
-    for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
-        if ids != reference.encode(text):
-            raise files.TokenizerError(
-                f"{path}: with transformers this model gives other ids than with sentencepiece, e.g. for {text!r}; "
-                "update transformers, or train a tokenizer with relora-mora train-tokenizer"
-            )
-
-
-def _load(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in ``tokenizer.json``, or transformers' conversion of the sentencepiece model.
-
-    ``AutoTokenizer`` would choose a class by names in the folder. Some classes, such as Qwen2Tokenizer, use only the
-    vocabulary of ``tokenizer.json``, and split text by rules of their own.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    config = path / "tokenizer_config.json"
-    if config.is_file() and b'"auto_map"' in config.read_bytes():
-        auto_tokenizer(path)  # refuses code from the folder
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
-        if path.is_file():
-            shutil.copyfile(path, Path(temporary, files.MODEL_FILE))
-        folder = path if path.is_dir() else Path(temporary)
-        settings = {"split_special_tokens": True}
-        if files.sentencepiece_file(path):
-            settings["legacy"] = True  # otherwise its spaces would differ from sentencepiece's
-        tokenizer = auto_tokenizer(folder, PreTrainedTokenizerFast, named=path, **settings)
-    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path)
-    backend = tokenizer.backend_tokenizer  # these may have been on when it was saved
-    backend.no_truncation()
-    backend.no_padding()
-    if getattr(backend.model, "dropout", None) is not None:
-        backend.model.dropout = None
-    return cast("PreTrainedTokenizerBase", tokenizer)
+def has_ids_of(tokenizer: "PreTrainedTokenizerBase", reference: "SentencePieceProcessor") -> bool:
+    """Whether a tokenizer has the vocabulary of a sentencepiece model, and its ids of hard texts."""
+    pieces = {reference.id_to_piece(number): number for number in range(reference.get_piece_size())}
+    return tokenizer.get_vocab() == pieces and encode(tokenizer, HARD_TEXTS) == list(map(reference.encode, HARD_TEXTS))
 
 
 def _check_end(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
-    """Raises :class:`TokenizerError` if text could have the token that ends a document."""
+    """Raises :class:`TokenizerError` if there is no token that ends a document, or if text could have it."""
     end, number = str(tokenizer.eos_token), tokenizer.eos_token_id
+    if number is None:
+        raise files.TokenizerError(
+            f"{path}: this tokenizer has no end-of-document token (eos); name one as eos_token in "
+            "tokenizer_config.json, or train one with relora-mora train-tokenizer"
+        )
     written = {end, tokenizer.decode([number])}  # "Ġthe" and " the"
     texts = [f"{before}{text}{after}" for text in written for before, after in (("", ""), ("a", "b"), ("a ", " b"))]
-    if files.is_ordinary(end, path) or any(number in ids for ids in encode(tokenizer, texts)):
+    if any(number in ids for ids in encode(tokenizer, [*texts, *HARD_TEXTS])):
         raise files.TokenizerError(
             f"{path}: ordinary text can contain the end-of-document token {end!r} (id {number}), so crawled text could "
             "end a document; set eos_token in tokenizer_config.json to a special token (tokenizer.json lists them "

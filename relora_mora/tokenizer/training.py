@@ -18,11 +18,9 @@ from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentenc
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 
-# sentencepiece silently drops longer "sentences": two thirds of a web corpus, if it gets whole documents
-SENTENCE_BYTES = 4192
-# it also drops every sentence with one of these: its marks for a space and for unknown characters, and NUL
-_CUT = re.compile("[\n\0\u2581\u2585]")
-_LINE_CHARACTERS = SENTENCE_BYTES // 4  # UTF-8 takes at most 4 bytes
+# sentencepiece silently drops longer lines, and lines with its marks for a space and for unknown characters, or NUL
+SENTENCE_BYTES = 1 << 16
+_SENTENCE = re.compile(f"[^\n\0\u2581\u2585]{{1,{SENTENCE_BYTES // 4}}}")  # a character takes at most 4 bytes
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -67,17 +65,9 @@ def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str
 
 
 def sentences(documents: Iterable[str]) -> Iterator[str]:
-    """The documents' lines, cut at characters for which sentencepiece drops a line; long lines are cut at a space."""
+    """The documents' lines, cut at characters for which sentencepiece drops a line, and if they are too long."""
     for document in documents:
-        for line in _CUT.split(document):
-            begin = 0
-            while len(line) - begin > _LINE_CHARACTERS:
-                space = line.rfind(" ", begin + 1, begin + _LINE_CHARACTERS)
-                end = space if space > 0 else begin + _LINE_CHARACTERS
-                yield line[begin:end]
-                begin = end
-            if begin < len(line):
-                yield line[begin:]
+        yield from _SENTENCE.findall(document)
 
 
 def train(
@@ -95,7 +85,11 @@ def train(
             **SETTINGS,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise TokenizerError(_explain(str(error), vocab_size)) from error
+        reason = str(error).rpartition("] ")[2].strip(" .") or "it has no line of text"
+        raise TokenizerError(
+            f"sentencepiece cannot train --vocab_size={vocab_size} on this text: {reason}; give another size, more "
+            "text, or a lower --character_coverage, with which rare characters become bytes"
+        ) from error
     return model.getvalue()
 
 
@@ -105,37 +99,15 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
     file = out / MODEL_FILE
     file.write_bytes(model)
     tokenizer = load_tokenizer(file)
-    reference = open_sentencepiece(file)
-
-    def checked(text: str) -> int:
-        """The number of its tokens; raises TokenizerError if the ids are not exact."""
-        [ids] = encode(tokenizer, [text])
-        exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space is the only character that is lost
-        if ids != reference.encode(text) or tokenizer.decode(ids) != exact:
-            fault = f"the trained tokenizer is not exact for the text {text[:80]!r}"
-            raise TokenizerError(f"{fault}; update sentencepiece and transformers")
-        return len(ids)
-
-    for text in HARD_TEXTS:
-        checked(text)
-    tokens = sum(map(checked, documents))
+    texts = [*HARD_TEXTS, *documents]
+    ids = encode(tokenizer, texts)
+    references = open_sentencepiece(file).encode(texts)
+    for text, own, reference in zip(texts, ids, references, strict=True):
+        # sentencepiece's mark for a space is the only character that is lost
+        if own != reference or tokenizer.decode(own) != text.replace("\u2581", " "):
+            raise TokenizerError(
+                f"the trained tokenizer is not exact for the text {text[:80]!r}; update sentencepiece and transformers"
+            )
     save_tokenizer(tokenizer, out)
+    tokens = sum(map(len, ids[len(HARD_TEXTS) :]))
     return sum(len(text.encode()) for text in documents) / max(1, tokens)
-
-
-def _explain(message: str, vocab_size: int) -> str:
-    """Explains sentencepiece's message for a vocabulary that does not fit the text, with the remedy."""
-    if high := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
-        return (
-            f"--vocab_size={vocab_size}: this text has only {high[1]} different pieces; "
-            f"give more text (--max_bytes, --max_documents, --data), or --vocab_size={high[1]} at most"
-        )
-    if low := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"--vocab_size={vocab_size}: this text's characters and the bytes already take {low[1]} pieces; "
-            "give a larger size, or a lower --character_coverage such as 0.9995 "
-            "(rarer characters then become bytes)"
-        )
-    if "sentences_.empty()" in message:
-        return "no line of this text can be used to train a tokenizer; give a source with text"
-    return f"sentencepiece cannot train on this text: {message}"

@@ -73,7 +73,6 @@ from tests.tools.each import each
         ("train-tokenizer --data=d --out=o --max_documents=-1", "--max_documents: got -1"),
         ("train-tokenizer --data=d --out=o --character_coverage=.nan", "--character_coverage: got nan"),
         ("train-tokenizer --data=d --out=o --data.max_bad_fraction=7", "data.max_bad_fraction: got 7"),
-        ("train-tokenizer --data=d --out=o --threads=100000", "--threads: got 100000"),
         ("train-tokenizer --data='[{source: a}, {source: b, weight: 9}]' --out=o", "without weights"),
         # commands that need something which is not there
         ("compare", "no runs given"),

@@ -83,11 +83,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("data.train.0.config", {"data.train": [{"source": "o/n:en", "config": "de"}]}),
     ("data.validation.a.0.split", {"data.validation": {"a": {"source": "o/n::x", "split": "y"}}}),
     ("data.train.0.name", {"data.train": [{"source": "*.json"}]}),
-    ("data.train.0.max_epochs", {"train.epochs": 2, "data.train": [{"source": "a", "max_epochs": 1}]}),
     ("data.validation.0.name", {"data.validation": [{"source": "x", "name": "a"}]}),
     ("data.validation.0", {"data.validation": {"source": "x", "weight": 0.5}}),
     ("data.train.0", {"data.train": [{**TWO[0], "weight": 2}, TWO[1]], "data.concatenate": True}),
-    ("data.train.0", {"data.train": [{**TWO[0], "at_max_epochs": "warn"}], "data.concatenate": True}),
     ("data.stages.1.from_step", {"data.train": TWO, "data.stages": stages(*[{"a": 1, "b": 1}] * 2, steps=(5, 5))}),
     ("data.stages.0.weights", {"data.train": TWO, "data.stages": stages({"a": 1})}),
     ("data.stages.0.weights", {"data.train": TWO, "data.stages": stages({"a": 0, "b": 0})}),
@@ -166,7 +164,6 @@ GOOD_SOURCES: list[dict[str, Any]] = [
     {"data.train": [{"source": "o/n:en", "split": "x"}, {"source": "*.json", "name": "web"}]},
     {"data.train": TWO, "data.concatenate": True, "train.epochs": 2},
     {"data.train": MIXTURE, "data.stages": stages({"a": 1, "b": 1}, {"a": 0, "b": 1})},
-    {"train.epochs": 2, "data.train": [{"source": "a", "max_epochs": 1, "at_max_epochs": "warn"}]},
     {"data.validation": {"a": "x", "b": ["y", {"source": "data/web/*.jsonl"}]}},
 ]
 

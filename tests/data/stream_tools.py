@@ -38,9 +38,8 @@ def shards_with_tokens(config: DataConfig, tokenizer: str) -> list[Shard]:
 def stream_of(config: DataConfig, tokenizer: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
     """One rank's stream of training data."""
     given = {"batch_size": BATCH, "lanes": LANES, **settings}
-    if "shards" not in given:
-        given["shards"] = shards_with_tokens(config, tokenizer)
-    return TrainStream(config, tokenizer_path=tokenizer, rank=rank, world_size=ranks, **given)
+    shards = given.pop("shards", None) or shards_with_tokens(config, tokenizer)
+    return TrainStream(config, shards, tokenizer_path=tokenizer, rank=rank, world_size=ranks, **given)
 
 
 class Step(NamedTuple):

@@ -76,12 +76,12 @@ def test_a_small_set_may_have_ten_bad_records_and_a_large_one_is_checked_by_its_
         (
             "a.jsonl",
             '{"messages": ' + "[" * 900 + "]" * 900 + "}\n",
-            'line 1, has a "messages" that cannot be read as JSON (maximum recursion',
+            'line 1, has a "messages" or "tools" that cannot be read as JSON (maximum recursion',
         ),
         (
             "a.csv",
             'messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n',
-            'row 1, has a "messages" that cannot be read as JSON (',
+            'row 1, has a "messages" or "tools" that cannot be read as JSON (',
         ),
     ],
 )

@@ -62,14 +62,6 @@ def test_max_tokens_cuts_between_documents(path, texts, tokenizer_path):
         assert part.utf8_bytes == sum(len(text.encode()) for text in texts[:documents])
 
 
-def test_a_long_document_that_leaves_most_of_the_text_unscored_is_named(tokenizer_path, tmp_path, caplog):
-    path = write_shard(tmp_path / "long.json", ["a short text", "and a very long one " * 100])
-    for max_tokens, warns in ((100, True), (20, False)):
-        caplog.clear()
-        eval_set(path, tokenizer_path, max_tokens=max_tokens)
-        assert [record.args[2] for record in caplog.records] == ["100"] * warns, (max_tokens, caplog.text)
-
-
 @each("world_size,micro_batch_size", [(1, 1), (1, 64), (2, 3), (4, 16), (7, 50), (2, 10**15)])
 def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path, world_size, micro_batch_size):
     held_out = eval_set(path, tokenizer_path, max_tokens=1500)

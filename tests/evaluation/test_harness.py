@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from relora_mora.config.data import RecordsConfig
 from relora_mora.data.records.passages import passage_of
-from relora_mora.data.shard import Record, RecordFormat
 from relora_mora.evaluation.harness import TaskSettings, _load_tasks, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
@@ -186,8 +184,7 @@ def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
 
 def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
     asked = str(local_task("local_metamath", str(data), list)["doc_to_text"])
-    alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
-    learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row", alpaca))
+    learned = passage_of("alpaca", {"instruction": "{{question}}", "output": "x"})
     assert asked + "x" == learned.text
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.tokenizer.extend import Extension, most_frequent_merges
-from relora_mora.tokenizer.files import TokenizerError, open_sentencepiece
+from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import vocabulary_size
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 from tests.tools.commands import call, refused
@@ -67,9 +67,6 @@ def test_old_ids_stay_and_new_tokens_are_used(tmp_path, kind):
         assert new.decode(ids) == old.decode(old.encode(text, add_special_tokens=False, split_special_tokens=True))
     used = {number for ids in encode(new, TEXTS) for number in ids}
     assert max(used) >= vocabulary_size(old)
-    if kind.startswith("sentencepiece"):
-        reference = open_sentencepiece(tmp_path / "new" / "tokenizer.model")
-        assert encode(new, TEXTS) == [reference.encode(text) for text in TEXTS]
 
 
 @each("kind", KINDS)
@@ -156,5 +153,5 @@ def test_a_pieces_file_needs_characters_that_the_tokenizer_has(tmp_path):
     backend.add_special_tokens(["<end>"])
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    with pytest.raises(TokenizerError, match="does not know"):
+    with pytest.raises(TokenizerError, match="lacks its characters"):
         Extension(tmp_path).add(["ab\u00e9"])

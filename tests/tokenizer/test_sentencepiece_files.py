@@ -39,10 +39,6 @@ def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_mode
     assert encode(again, ["a</s>b"]) == encode(tokenizer, ["a</s>b"])
     assert tokenizer.eos_token_id not in encode(again, ["a</s>b"])
     assert tokenizer_fingerprint(tmp_path / "saved") == tokenizer_fingerprint(folder)
-    (tmp_path / "saved" / "chat_template.jinja").unlink()
-    config = tmp_path / "saved" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "older"}))
-    assert load_tokenizer(tmp_path / "saved").chat_template == "older"
 
 
 @pytest.mark.more
@@ -87,7 +83,7 @@ def test_tokens_that_only_files_next_to_a_model_have_need_a_tokenizer_json(
     settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (given / "tokenizer_config.json").write_text(json.dumps(settings))
     (given / file).write_text(json.dumps(settings | content if file == "tokenizer_config.json" else content))
-    with pytest.raises(TokenizerError, match=r"tokens that tokenizer\.model does not have, such as '<x>'") as caught:
+    with pytest.raises(TokenizerError, match=r"other tokens or ids than tokenizer\.model") as caught:
         load_tokenizer(given)
     remedy = re.search(r"AutoTokenizer\.from_pretrained\('(.*)'\)\.save_pretrained\('(.*)'\)", str(caught.value))
     assert remedy is not None

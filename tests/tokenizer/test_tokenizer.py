@@ -144,8 +144,7 @@ def test_code_of_a_tokenizer_is_neither_run_nor_saved(
         file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".py" or "foreign_code" in file.read_text()
     ]
     (path / "tokenizer_config.json").write_text(json.dumps(config | code | {"tokenizer_class": "Own"}))
-    with pytest.raises(TokenizerError, match="custom code"):
-        load_tokenizer(path)
+    load_tokenizer(path)
     assert not mark.exists()
 
 
@@ -210,7 +209,7 @@ def test_files_that_transformers_would_read_differently_are_not_saved(tmp_path: 
     path, out = save_other_tokenizer(tmp_path / "given"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(TokenizerError, match=r"saved next to a model of type qwen2, .* gives other ids") as caught:
+    with pytest.raises(TokenizerError, match="gives other ids for it once it is saved; next to a model") as caught:
         save_tokenizer(path, out)
     assert str(caught.value).startswith(f"{path}: ")
     assert str(out) not in str(caught.value)

@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Iterable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ import zstandard
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.held_out import load_eval_set
-from relora_mora.data.lanes import LaneRows, lane_plans
+from relora_mora.data.lanes import lane_parts
 from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources import configured_shards, shards_of
-from relora_mora.data.stream.packing import Lane
+from relora_mora.data.stream.lane import Lane
 
 EOS = 256
 
@@ -146,8 +145,8 @@ def resolve_shards(sources: Any, revision: str = "main", split: Any = "train", *
 
 def make_lane(config: DataConfig, lanes: int, lane: int, state: Any = None, encode: Any = encode) -> Lane:
     shards = configured_shards(config, "train")
-    rows = LaneRows(lane_plans(config, lanes, len(shards))[lane], shards, config, partial(open_rows, config), encode)
-    return Lane(rows, eos=EOS, sequence_length=config.sequence_length, restored=state)
+    parts = lane_parts(config, lanes, len(shards))[lane]
+    return Lane(lane, parts, shards, config, encode, eos=EOS, restored=state)
 
 
 def epoch_tokens(lane: Lane) -> list[int]:

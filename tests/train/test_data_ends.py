@@ -26,17 +26,17 @@ STEPS = 24  # an epoch of the text of the first test, and a few
 
 def ended(config: Any) -> tuple[str, str]:
     """Runs on every rank: the kind of error that ended a run, and its text. Lanes read few documents ahead."""
-    from relora_mora.data import lanes
+    from relora_mora.data.stream import lane
     from relora_mora.train.pretrain import pretrain
 
-    whole = lanes.ENCODE_ROWS
-    lanes.ENCODE_ROWS = 2
+    whole = lane.ENCODE_ROWS
+    lane.ENCODE_ROWS = 2
     try:
         pretrain(config)
     except Exception as error:
         return type(error).__name__, str(error)
     finally:
-        lanes.ENCODE_ROWS = whole
+        lane.ENCODE_ROWS = whole
     return "", ""
 
 

@@ -16,7 +16,6 @@ from tests.tools.runs import (
     copy_cut_at,
     different_tensors,
     logged_steps,
-    logged_values,
     metrics,
     run_config,
     train,
@@ -107,24 +106,6 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     assert logged_steps(killed, "train/rollbacks") == [3]
 
 
-def test_sources_may_be_listed_in_another_order_at_a_resume(runs, pools, inputs, tmp_path):
-    """Which of two with equal weights comes first in a batch stays as it was."""
-
-    def config(run_dir: Path, step: int) -> Any:
-        sources = [
-            {"source": f"{inputs}/train/*", "name": "lines"},
-            {"source": f"{inputs}/rows/*", "name": "rows"},
-        ]
-        stages = [{"from_step": 6, "weights": dict([("lines", 2.0), ("rows", 2.0)][::step])}]
-        return runs.config(run_dir, data={"train": sources[::step], "stages": stages})
-
-    pools(1)(train, config(tmp_path / "never", 1))
-    copy_cut_at(tmp_path / "never", tmp_path / "run", 4)
-    pools(1)(train, config(tmp_path / "run", -1))
-    assert different_tensors(_end(tmp_path / "never"), _end(tmp_path / "run")) == []
-    assert logged_values(tmp_path / "run") == logged_values(tmp_path / "never")
-
-
 def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
     """Eight lanes, and a source of seven texts with weight from step 6 on."""
     write_shard(inputs / "few.json", some_texts(7))
@@ -148,7 +129,6 @@ def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
     message = runs.refusal(_few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]), SourceError)
     assert "set the weight of its source few to 0 in data.train and data.stages" in message
-    assert "--train.allow_changes=[data.train,data.stages]" in message
     data = {"stages": [{"from_step": 6, "weights": {"lines": 2.0, "few": 0.0}}]}
     allow = ["data.train", "data.stages"]
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", data=data, allow_changes=allow))

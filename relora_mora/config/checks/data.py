@@ -67,12 +67,6 @@ def _named_in_source(source: TextSource, part: int) -> str | None:
     return dict(enumerate(source.source.split(":"))).get(part)
 
 
-def _of_mixtures(source: TextSource) -> list[str]:
-    """The settings of a mixture's sources that this one has."""
-    keys = ("weight", "max_epochs", "at_max_epochs")
-    return [key for key in keys if getattr(source, key) != TextSource.model_fields[key].default]
-
-
 def _unknown_columns(c: SimpleNamespace) -> list[str]:
     return [field for field in c.records.columns if field not in c.records.fields]
 
@@ -116,15 +110,12 @@ SOURCE_RULES = (
     Rule("{at}.name data.train",
          lambda c: c.of_train and is_mixture(c.run.data.train) and not c.source.label,
          "no name for metrics follows from {c.source.source}; set one, e.g. name: web"),
-    Rule("{at}.max_epochs train.epochs",
-         lambda c: c.of_train and c.run.train.epochs and _has_one_text(c.run) and c.source.may_end,
-         "{c.source.max_epochs:g} may end the run before its last step; remove it"),
     Rule("{at}.name data.validation",
          lambda c: not c.of_train and c.source.name,
          "it is for a mixture, but held-out text is never mixed; give sets by name, as {{NAME: {{source: ...}}}}"),
     Rule("{at} {section} data.concatenate",
-         lambda c: (not c.of_train or _is_joined(c.run.data)) and _of_mixtures(c.source),
-         "{found}: only for the sources of a mixture, but held-out text and what data.concatenate joins is not mixed; "
+         lambda c: (not c.of_train or _is_joined(c.run.data)) and c.source.weight != 1,
+         "weight is only for the sources of a mixture, but held-out text and what data.concatenate joins is not mixed; "
          "leave it out"),
 )
 STAGE_RULES = (

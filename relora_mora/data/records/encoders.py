@@ -3,7 +3,7 @@
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -106,24 +106,32 @@ class Frame(NamedTuple):
 
 def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> Encode[Record]:
     """Encodes records; only the tokens of their answers are scored, unless ``data.records.score`` is ``all``."""
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise SourceError(
             f"{tokenizer.name_or_path} does not report the character offsets of its tokens, which records need; "
             "give a tokenizer with a tokenizer.json, or a sentencepiece model"
         )
     settings = record_format.settings
-    passage: Callable[[Record], passages.Passage | Skipped] = functools.partial(passages.passage_of, settings.kind)
+    passage = functools.partial(passages.passage_of, settings.kind)
     if settings.is_conversation:
-        passage = _renderer(tokenizer, record_format)
+        passage = functools.partial(
+            _rendered, tokenizer, record_format, passages.chat_template(tokenizer, record_format)
+        )
 
     def encode(records: list[Record]) -> list[Encoded | Skipped]:
-        made = [passage(record) for record in records]
+        made: list[passages.Passage | Skipped] = []
+        for record in records:
+            try:
+                made.append(passage(record.fields))
+            except passages.Unusable as fault:
+                made.append(Skipped(fault.reason, record.describe(str(fault))))
         usable = [each for each in made if isinstance(each, passages.Passage)]
-        parse_special = settings.is_conversation
-        encoded = iter(_tokens(tokenizer, usable, parse_special=parse_special, scores_all=settings.score == "all"))
+        backend.encode_special_tokens = not settings.is_conversation
+        encodings = iter(backend.encode_batch([each.text for each in usable], add_special_tokens=False))
         rows: list[Encoded | Skipped] = []
         for record, each in zip(records, made, strict=True):
-            row = each if isinstance(each, Skipped) else next(encoded)
+            row = each if isinstance(each, Skipped) else _row(each, next(encodings), scores_all=settings.score == "all")
             if isinstance(row, Encoded) and not (len(row.ids) if row.scored is None else any(row.scored)):
                 row = Skipped("no_answer", record.describe("has no answer to learn"))
             rows.append(row)
@@ -132,43 +140,51 @@ def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
     return encode
 
 
-def _renderer(
-    tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat
-) -> Callable[[Record], passages.Passage | Skipped]:
-    """A function that renders the conversation of a record with the answers to score, if its template does so."""
+def _row(passage: passages.Passage, encoding: Any, *, scores_all: bool) -> Encoded:
+    """The tokens of a passage. As in transformers' ``assistant_masks``, one is scored if it covers part of an answer.
+
+    So is the last token of a text that ends in an answer, because some tokenizers trim spaces from a token's span until
+    nothing is left of it.
+    """
+    if scores_all:
+        return Encoded(encoding.ids)
+    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+    scored = np.zeros(len(starts), np.bool_)
+    for begin, end in passage.answers:
+        scored |= ((starts < end) | (end == len(passage.text))) & (ends > begin)
+    return Encoded(encoding.ids, scored)
+
+
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat, template: str, fields: Mapping[str, Any]
+) -> passages.Passage:
+    """The conversation of a record with the answers to score, if its template marks them. Raises Unusable."""
     from jinja2 import TemplateSyntaxError
 
     scores_all = record_format.settings.score == "all"
-    template = passages.chat_template(tokenizer, record_format)
     label = passages.template_name(tokenizer, record_format)
-
-    def rendered(record: Record) -> passages.Passage | Skipped:
-        conversation = passages.conversation_of(record_format.settings.kind, record)
-        if isinstance(conversation, Skipped):
-            return conversation
-        try:
-            passage = passages.render(tokenizer, template, conversation, marked=not scores_all)
-        except TemplateSyntaxError as error:
-            raise SourceError(
-                f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
-                "data.records.template to another one"
-            ) from error
-        except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split())
-            return Skipped("template_failed", record.describe(f"is refused by {label} ({reason:.200})"))
-        if not passage.answers and any(message["role"] == "assistant" for message in conversation.messages):
-            return Skipped("no_answer", record.describe(f"has an answer that {label} does not mark"))
-        if passages.leaves_out_tools(tokenizer, template, conversation, passage.text):
-            return Skipped("template_failed", record.describe(f"has tools, which {label} does not write"))
-        learned = conversation.learned()
-        if scores_all or all(learned):
-            return passage
-        if len(passage.answers) != len(learned):
-            fault = f"has a weight, and {label} marks {len(passage.answers)} of its {len(learned)} answers"
-            return Skipped("template_failed", record.describe(fault))
-        return passage._replace(answers=list(itertools.compress(passage.answers, learned)))
-
-    return rendered
+    conversation = passages.conversation_of(record_format.settings.kind, fields)
+    try:
+        passage = passages.render(tokenizer, template, conversation, marked=not scores_all)
+    except TemplateSyntaxError as error:
+        raise SourceError(
+            f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
+            "data.records.template to another one"
+        ) from error
+    except Exception as error:  # a template may raise anything
+        reason = " ".join(str(error).split())
+        raise passages.Unusable("template_failed", f"is refused by {label} ({reason:.200})") from error
+    if not passage.answers and any(message["role"] == "assistant" for message in conversation.messages):
+        raise passages.Unusable("no_answer", f"has an answer that {label} does not mark")
+    if passages.leaves_out_tools(tokenizer, template, conversation, passage.text):
+        raise passages.Unusable("template_failed", f"has tools, which {label} does not write")
+    learned = conversation.learned()
+    if scores_all or all(learned):
+        return passage
+    if len(passage.answers) != len(learned):
+        fault = f"has a weight, and {label} marks {len(passage.answers)} of its {len(learned)} answers"
+        raise passages.Unusable("template_failed", fault)
+    return passage._replace(answers=list(itertools.compress(passage.answers, learned)))
 
 
 def how_written(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> list[Any]:
@@ -186,30 +202,6 @@ def records_digest(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
     return xxhash.xxh3_128_hexdigest(
         json.dumps([settings, *how_written(tokenizer, record_format)], sort_keys=True).encode()
     )
-
-
-def _tokens(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[passages.Passage], *, parse_special: bool, scores_all: bool
-) -> list[Encoded]:
-    """Tokenizes passages. As in transformers' ``assistant_masks``, a token is scored if it covers part of an answer.
-
-    So is the last token of a text that ends in an answer, because some tokenizers trim spaces from a token's span until
-    nothing is left of it.
-    """
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    backend.encode_special_tokens = not parse_special
-    encodings = backend.encode_batch([passage.text for passage in texts], add_special_tokens=False)
-    rows = []
-    for passage, encoding in zip(texts, encodings, strict=True):
-        if scores_all:
-            rows.append(Encoded(encoding.ids))
-            continue
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        scored = np.zeros(len(starts), np.bool_)
-        for begin, end in passage.answers:
-            scored |= ((starts < end) | (end == len(passage.text))) & (ends > begin)
-        rows.append(Encoded(encoding.ids, scored))
-    return rows
 
 
 def own_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -2,14 +2,14 @@
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic_core import from_json
 
 from relora_mora.config.data import CHATML
-from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.shard import Record, RecordFormat, Shard
+from relora_mora.data.errors import SourceError
+from relora_mora.data.shard import RecordFormat, Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,12 +74,19 @@ class Passage(NamedTuple):
     answers: list[tuple[int, int]]
 
 
-def passage_of(kind: str, record: Record) -> Passage | Skipped:
-    """The text of a record that is not a conversation."""
-    fields = record.fields
+class Unusable(ValueError):
+    """A record that is left out for one of ``SKIP_REASONS``; the message says what is wrong with it."""
+
+    def __init__(self, reason: str, fault: str) -> None:
+        super().__init__(fault)
+        self.reason = reason
+
+
+def passage_of(kind: str, fields: Mapping[str, Any]) -> Passage:
+    """The text of a record that is not a conversation. Raises Unusable."""
     for name, value in fields.items():
         if not isinstance(value, str):
-            return _bad(record, f'has a "{name}" that is not text')
+            raise Unusable("bad_record", f'has a "{name}" that is not text')
     if kind == "alpaca":
         prompt = (_ALPACA_WITH_INPUT if fields.get("input") else _ALPACA).format(**fields)
         answer = fields["output"]
@@ -93,30 +100,24 @@ def passage_of(kind: str, record: Record) -> Passage | Skipped:
     return Passage(prompt + answer, [(len(prompt), len(prompt) + len(answer))])
 
 
-def conversation_of(kind: str, record: Record) -> Conversation | Skipped:
-    """The messages and tools of a conversation; keys that hold null are left out."""
-    [name] = {"messages", "conversations"} & set(record.fields)
-    fields: dict[str, Any] = {}
-    for field in {name, "tools"} & set(record.fields):
-        value = record.fields[field]
-        try:  # a string in CSV, which has no lists
-            fields[field] = _without_nulls(from_json(value) if isinstance(value, str) else value)
-        except (ValueError, RecursionError) as error:
-            return _bad(record, f'has a "{field}" that cannot be read as JSON ({error})')
-    if not isinstance(fields[name], list) or not fields[name]:
-        return _bad(record, f'has a "{name}" that is not a list of messages')
-    tools = fields.get("tools") or []
+def conversation_of(kind: str, fields: Mapping[str, Any]) -> Conversation:
+    """The messages and tools of a conversation; keys that hold null are left out. Raises Unusable."""
+    [name] = {"messages", "conversations"} & set(fields)
+    try:  # they are strings in CSV, which has no lists
+        raw, tools = [
+            _without_nulls(from_json(value) if isinstance(value, str) else value)
+            for value in (fields[name], fields.get("tools") or [])
+        ]
+    except (ValueError, RecursionError) as error:
+        raise Unusable("bad_record", f'has a "{name}" or "tools" that cannot be read as JSON ({error})') from None
+    if not isinstance(raw, list) or not raw:
+        raise Unusable("bad_record", f'has a "{name}" that is not a list of messages')
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        return _bad(record, 'has "tools" that are not a list of descriptions')
+        raise Unusable("bad_record", 'has "tools" that are not a list of descriptions')
     messages: list[Message] = []
-    if system := record.fields.get("system"):
+    if system := fields.get("system"):
         messages.append({"role": "system", "content": system})
-    for number, raw in enumerate(fields[name], start=1):
-        message = _from_sharegpt(raw) if kind == "sharegpt" else _with_content(raw)
-        fault = _fault(message, ("from", "value") if kind == "sharegpt" else ("role", "content"))
-        if fault:
-            return _bad(record, f"has a message {number} {fault}")
-        messages.append(message)
+    messages += [_message(kind, each, number) for number, each in enumerate(raw, start=1)]
     return Conversation(messages, tools)
 
 
@@ -127,33 +128,23 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _with_content(message: Any) -> Any:
-    """Fills in the content of a message that only calls tools."""
-    calls = isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None
-    return {**message, "content": ""} if calls else message
-
-
-def _from_sharegpt(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    role = message.get("from")
-    weight = {"weight": message["weight"]} if "weight" in message else {}
-    return {"role": _ROLES_OF_SHAREGPT.get(str(role), role), "content": message.get("value"), **weight}
-
-
-def _fault(message: Any, names: tuple[str, str]) -> str | None:
-    """What is wrong with a message, or None. ``names``: the keys that hold role and content in the data."""
-    if not isinstance(message, dict):
-        return "that is not an object with keys and values"
-    if message.get("role") not in ROLES:
-        return f'with the "{names[0]}" {message.get("role")!r:.40}, expected one of {", ".join(ROLES)}'
-    if message.get("weight", 1) not in (0, 1):
-        return f'with the "weight" {message["weight"]!r:.40}, expected 0 or 1'
-    return None if isinstance(message.get("content"), str) else f'whose "{names[1]}" is not text'
-
-
-def _bad(record: Record, fault: str) -> Skipped:
-    return Skipped("bad_record", record.describe(fault))
+def _message(kind: str, raw: Any, number: int) -> Message:
+    """A message in the form that chat templates expect. Raises Unusable."""
+    message: Message = dict(raw) if isinstance(raw, dict) else {}
+    if kind == "sharegpt":
+        weight = {key: value for key, value in message.items() if key == "weight"}
+        role = _ROLES_OF_SHAREGPT.get(str(message.get("from")))
+        message = {"role": role, "content": message.get("value"), **weight}
+    elif message.get("tool_calls"):
+        message.setdefault("content", "")
+    is_right = message.get("role") in ROLES and isinstance(message.get("content"), str)
+    if not is_right or message.get("weight", 1) not in (0, 1):
+        raise Unusable(
+            "bad_record",
+            f"has a message {number} that lacks a role ({', '.join(ROLES)}) or content of text, or has a weight other "
+            f"than 0 and 1: {raw!r:.80}",
+        )
+    return message
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> str:

@@ -7,24 +7,24 @@ so a run may move to any number of ranks, and weights may change at a resume.
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from relora_mora.config.data import DataConfig, TextSource
-from relora_mora.data.lanes import LaneRows, LaneStates, lane_plans, seeded_order, state_key, times_read
+from relora_mora.config.data import DataConfig
+from relora_mora.data.lanes import LaneStates, lane_parts, seeded_order, state_key
 from relora_mora.data.network import RETRIES
-from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.packing import Block, Lane
+from relora_mora.data.stream.lane import Lane
+from relora_mora.data.stream.packing import Block
 from relora_mora.data.stream.whole import WholeLane, WholeRows
+from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 _TURNS = 0x7475726E  # a seed that makes the orders of rotations independent of the orders of documents
 
@@ -102,28 +102,6 @@ def mixture_names(config: DataConfig) -> Sequence[str]:
     return [source.label for source in config.train] if config.is_mixture else [""]
 
 
-def in_saved_order(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
-    """The same mixture with its sources in the order of the saved settings, if these name the same sources.
-
-    A mixture reads the same text in any order. But among sources with equal weights the first one comes first in a
-    batch, and fingerprints depend on the order of shards, so a run keeps the order that it started with.
-    """
-    listed = saved.get("train")
-    records = [record for record in listed if isinstance(record, Mapping)] if isinstance(listed, list) else []
-    names = [TextSource.model_validate(record).label for record in records]
-    sources = {source.label: source for source in config.train}
-    if not config.is_mixture or set(names) != set(sources):
-        return config
-    weights = {stage["from_step"]: list(stage["weights"]) for stage in saved.get("stages", ())}
-    stages = [
-        stage.model_copy(
-            update={"weights": {name: stage.weights[name] for name in weights.get(stage.from_step, stage.weights)}}
-        )
-        for stage in config.stages
-    ]
-    return config.model_copy(update={"train": [sources[name] for name in names], "stages": stages})
-
-
 def shards_of_source(shards: Sequence[Shard], config: DataConfig, name: str) -> list[Shard]:
     """The shards of the source with this name (see :func:`mixture_names`)."""
     return [shard for shard in shards if shard.source == name] if config.is_mixture else list(shards)
@@ -153,100 +131,54 @@ class LaneBlocks:
     notes: list[str]
 
 
-class Producer:
-    """Reads, tokenizes and packs the lanes of an assignment, in this process."""
+def produce(work: Assignment) -> Generator[LaneBlocks, None, None]:
+    """The blocks of an assignment for one global batch after the other, without end. Raises SourceError."""
+    mixture = Mixture(work.config, work.lanes_of_all, work.blocks_per_lane)
+    tokenizer = functools.cache(functools.partial(load_tokenizer, work.tokenizer_path))
+    retries = RETRIES.retries
+    lanes: dict[str, Lane | WholeLane] = {}
+    try:
+        for name in mixture.names:
+            lanes |= _open_lanes(work, name, tokenizer)
+        taken = {key: work.states.get(key, {}).get("blocks", 0) for key in lanes}
+        for batch in itertools.count(work.batch):
+            blocks = {}
+            for lane, sources in zip(work.lanes, mixture.sources(batch, work.lanes), strict=True):
+                keys = [state_key(lane, source) for source in sources]
+                blocks[lane] = [lanes[key].next_block() for key in keys]
+                for key in keys:
+                    taken[key] += 1
+            notes = []
+            for each in lanes.values():
+                notes += each.notes
+                each.notes.clear()
+            states = {key: each.state() for key, each in lanes.items()}
+            if work.config.is_mixture:
+                states = {key: state | {"blocks": taken[key]} for key, state in states.items()}
+            yield LaneBlocks(blocks, states, RETRIES.retries - retries, notes)
+    finally:
+        for each in lanes.values():
+            each.close()
 
-    is_dead = False
 
-    def __init__(self, assignment: Assignment) -> None:
-        self.assignment = assignment
-        self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
-        self.batch = assignment.batch
-        config = assignment.config
-        self.sources = {source.label: source for source in config.train} if config.is_mixture else {}
-        self._retries_before = RETRIES.retries
-        self._noted: set[str] = set()  # sources for which a note said that they are read again
-        self.lanes = {
-            state_key(lane, name): packer for name in self.mixture.names for lane, packer in self._open(name).items()
-        }
-        self.taken = {key: assignment.states.get(key, {}).get("blocks", 0) for key in self.lanes}
-
-    def _open(self, name: str) -> Mapping[int, Lane | WholeLane]:
-        """The lanes of the assignment within one source."""
-        config = self.assignment.config
-        shards = shards_of_source(self.assignment.shards, config, name)
-        source = self.sources.get(name)
-        lanes = self.assignment.lanes_of_all
-        states = {lane: self.assignment.states.get(state_key(lane, name)) for lane in self.assignment.lanes}
-        if packing_of(config, shards) != "stream":
-            rows = WholeRows(shards, config)
-            return {lane: WholeLane(rows, lane, lanes, source, state) for lane, state in states.items()}
-        plans = lane_plans(config, lanes, len(shards))
-        encode, eos = self._encoder(shards)
-        open_shard = functools.partial(open_rows, config)
-        return {
-            lane: Lane(
-                LaneRows(plans[lane], shards, config, open_shard, encode, source),
-                eos=eos,
-                sequence_length=config.sequence_length,
-                document_mask=config.document_mask,
-                restored=state,
-            )
-            for lane, state in states.items()
-        }
-
-    def _encoder(self, shards: Sequence[Shard]) -> tuple[Encode[Any], int]:
-        """The encoder of the rows of these shards, and EOS. Pre-tokenized shards need no tokenizer."""
-        first = shards[0].tokens
-        if first is not None and all(shard.tokens for shard in shards):
-            return list, first.making.eos
-        length = self.assignment.config.sequence_length
-        encode = encoder_of(self.tokenizer, (shard.records for shard in shards), "stream", length)
-        return encode, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
-
-    @functools.cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        from relora_mora.tokenizer.load import load_tokenizer
-
-        return load_tokenizer(self.assignment.tokenizer_path)
-
-    def produce(self) -> LaneBlocks:
-        """The blocks of these lanes for the next global batch. Raises SourceError."""
-        lanes = self.assignment.lanes
-        blocks = {}
-        for lane, sources in zip(lanes, self.mixture.sources(self.batch, lanes), strict=True):
-            keys = [state_key(lane, source) for source in sources]
-            blocks[lane] = [self.lanes[key].next_block() for key in keys]
-            for key in keys:
-                self.taken[key] += 1
-        self.batch += 1
-        notes = []
-        states: LaneStates = {}
-        for key, packer in self.lanes.items():
-            notes += packer.notes
-            packer.notes.clear()
-            states[key] = packer.state() | ({"blocks": self.taken[key]} if self.sources else {})
-        retries = RETRIES.retries - self._retries_before
-        return LaneBlocks(blocks, states, retries, [*notes, *self._repetition_notes(states)])
-
-    def _repetition_notes(self, states: LaneStates) -> Iterator[str]:
-        """A note, once per source, when its blocks begin to repeat; its rows are read long before that."""
-        for name, source in self.sources.items():
-            if source.max_epochs is None or source.may_end or name in self._noted:
-                continue
-            if max(states[state_key(lane, name)]["epoch"] for lane in self.assignment.lanes) >= source.max_epochs:
-                self._noted.add(name)
-                yield f"{times_read(source)}; it is read again"
-
-    def begin(self) -> None:
-        """A worker process begins here."""
-
-    def ready(self, timeout_seconds: float) -> bool:
-        return True
-
-    def hung(self, seconds: float) -> None:
-        return None
-
-    def close(self) -> None:
-        for packer in self.lanes.values():
-            packer.close()
+def _open_lanes(
+    work: Assignment, name: str, tokenizer: Callable[[], "PreTrainedTokenizerBase"]
+) -> dict[str, Lane | WholeLane]:
+    """The lanes of an assignment within the source with this name, by the keys of their states."""
+    config = work.config
+    shards = shards_of_source(work.shards, config, name)
+    states = {lane: work.states.get(state_key(lane, name)) for lane in work.lanes}
+    if packing_of(config, shards) != "stream":
+        rows = WholeRows(shards, config)
+        return {state_key(lane, name): WholeLane(rows, lane, work.lanes_of_all, states[lane]) for lane in states}
+    parts = lane_parts(config, work.lanes_of_all, len(shards))
+    encode: Encode[Any] = list
+    if all(shard.tokens for shard in shards):
+        eos = shards[0].tokens.making.eos  # type: ignore[union-attr]
+    else:
+        encode = encoder_of(tokenizer(), (shard.records for shard in shards), "stream", config.sequence_length)
+        eos = int(tokenizer().eos_token_id)  # type: ignore[arg-type]
+    return {
+        state_key(lane, name): Lane(lane, parts[lane], shards, config, encode, eos=eos, restored=state)
+        for lane, state in states.items()
+    }

@@ -1,68 +1,39 @@
 """The training stream: this rank's share of every global batch, the same for any number of ranks and workers."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.errors import WorkerError
+from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.lanes import (
     LaneStates,
-    check_states,
     counts_of,
-    lane_plans,
+    lane_parts,
     merge_states,
+    parts_in_order,
     read_key,
     read_state,
     start_states,
 )
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
-from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer, mixture_names, shards_of_source
+from relora_mora.data.stream.producer import Assignment, LaneBlocks, mixture_names, produce, shards_of_source
 from relora_mora.data.stream.worker import WorkerProcess
 
 
-def describe_position(
-    state: Mapping[str, Mapping[str, Any]], *, lanes: int, shards: Sequence[Shard], config: DataConfig
-) -> list[str]:
-    """A sentence for each lane of a ``Batch.state``: its epoch, its shard, and where it is in it.
-
-    Documents are shuffled in blocks, so a sentence names a whole block of the lane's share of the shard (from 1), and
-    how many of the block were read. Raises SourceError for a position that is impossible in its lane.
-    """
-    sentences = []
-    for key in sorted(state, key=read_key):
-        lane, source = read_key(key)
-        own = shards_of_source(shards, config, source)
-        if packing_of(config, own) == "stream":
-            plan = lane_plans(config, lanes, len(own))[lane]
-            cursor, offset = plan.read(state[key])
-            part = plan.order(config.seed, cursor.epoch)[cursor.place]
-            first = cursor.block * config.shuffle_documents + 1
-            place = f"{own[part.shard].label}, {cursor.item} of documents {first} to "
-            place += f"{first + config.shuffle_documents - 1} of share {part.phase + 1} of {part.stride} (shuffled)"
-            if offset:
-                place += f" and {offset} tokens"
-        else:
-            cursor, _ = read_state(state[key])
-            place = f"{cursor.block} sequences of all lanes"
-        sentences.append(f"lane {lane}{source and f', {source}'}: epoch {cursor.epoch}, after {place}")
-    return sentences
-
-
-class TrainStream:
+class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
     """An endless iterator over this rank's batches; ``close()`` (or a with statement) ends its workers at once.
 
     ``lanes`` is the number of lanes over all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), saved by any number of ranks and workers. ``step`` is the number
-    of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again;
-    those of rows that are packed whole must be tokenized (``make.tokens_of_whole_rows``).
+    of global batches before the next one, on which a mixture depends. The ``shards`` of rows that are packed whole must
+    be tokenized (``make.tokens_of_whole_rows``).
     Build the stream in a thread that lives as long as the stream, because its workers end with that thread. Raises
     SourceError for sources that cannot be read, ValueError for numbers that do not divide.
     """
@@ -70,6 +41,7 @@ class TrainStream:
     def __init__(
         self,
         config: DataConfig,
+        shards: Sequence[Shard],
         *,
         tokenizer_path: str,
         batch_size: int,
@@ -78,53 +50,55 @@ class TrainStream:
         world_size: int,
         state: Mapping[str, Mapping[str, Any]] | None = None,
         step: int = 0,
-        shards: Sequence[Shard] | None = None,
     ) -> None:
         if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
             raise ValueError(
                 f"{lanes} lanes, {batch_size} sequences per batch, rank {rank} of {world_size}: "
                 "the lanes must divide the batch and the ranks the lanes; change data.lanes or train.batch_size"
             )
-        if state:
-            check_states(state, lanes, mixture_names(config))
+        self._start = start_states(lanes, mixture_names(config))
+        if state and set(state) != set(self._start):
+            raise SourceError(
+                f"the saved data state has {len({read_key(key)[0] for key in state})} lanes of the sources "
+                f"{sorted({read_key(key)[1] for key in state})}, and this run has {lanes} lanes of "
+                f"{sorted(mixture_names(config))}; set data.lanes, and the names in data.train, as when it started"
+            )
         self._work = Assignment(
             config=config,
-            shards=configured_shards(config, "train") if shards is None else shards,
+            shards=shards,
             tokenizer_path=tokenizer_path,
             lanes=range(rank, lanes, world_size),
             lanes_of_all=lanes,
             blocks_per_lane=batch_size // lanes,
         )
         self._masks_documents = config.masks_documents_of(config.train)
-        self._producers: list[Producer | WorkerProcess] = []
+        self._workers: list[WorkerProcess] = []
+        self._own: Generator[LaneBlocks, None, None] | None = None  # without workers
         self.go_back(step, state or {})
 
     def go_back(self, step: int, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Goes to ``state``, after ``step`` global batches; batches that were read ahead are dropped."""
         self.close()
-        lanes = self._work.lanes
-        workers = min(self._work.config.workers, len(lanes))
-        start = WorkerProcess if workers else Producer
+        work = replace(self._work, batch=step, states=self.own_part(state))
+        count = min(work.config.workers, len(work.lanes))
+        if not count:
+            self._own = produce(work)
+            return
         try:
-            for number in range(workers or 1):
-                share = lanes[number :: workers or 1]
-                own = _states_of(share, state)
-                self._producers.append(start(replace(self._work, lanes=share, batch=step, states=own)))
-            for producer in self._producers:
-                producer.begin()
+            for number in range(count):
+                self._workers.append(WorkerProcess(replace(work, lanes=work.lanes[number::count])))
         except BaseException:
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
     def __next__(self) -> Batch:
-        for producer in self._producers:
-            # raises its error immediately, although another producer may be waiting for the network
-            while producer.is_dead:
-                producer.produce()
-        return self._batch([producer.produce() for producer in self._producers])
+        if self._own is not None:
+            return self._batch([next(self._own)])
+        for worker in self._workers:
+            # raises its error immediately, although another worker may be waiting for the network
+            while worker.is_dead:
+                worker.produce()
+        return self._batch([worker.produce() for worker in self._workers])
 
     def ready(self, timeout_seconds: float) -> bool:
         """Waits for the next batch; whether ``next()`` would return it, or raise its error, immediately.
@@ -132,36 +106,49 @@ class TrainStream:
         Always true without workers.
         """
         end = time.monotonic() + timeout_seconds
-        if any(producer.is_dead for producer in self._producers):
+        if any(worker.is_dead for worker in self._workers):
             return True
-        return all(producer.ready(max(0.0, end - time.monotonic())) for producer in self._producers)
+        return all(worker.ready(max(0.0, end - time.monotonic())) for worker in self._workers)
 
     def hung(self, seconds: float) -> WorkerError | None:
         """The error to raise if a worker owes blocks but has used no processor time for so many seconds."""
-        return next(filter(None, (producer.hung(seconds) for producer in self._producers)), None)
+        return next(filter(None, (worker.hung(seconds) for worker in self._workers)), None)
 
     def own_part(self, state: Mapping[str, Mapping[str, Any]]) -> LaneStates:
         """The states of this rank's lanes among the merged states of all ranks."""
-        return _states_of(self._work.lanes, state)
+        return {key: dict(each) for key, each in state.items() if read_key(key)[0] in self._work.lanes}
 
     def describe(self, before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Where the lanes were before a batch, from its state and the one before it."""
+        """Where the lanes were before a batch that advanced them, from its state and the one before it.
+
+        A row is one in the shuffled order of its block, and the tokens are those of the row after it.
+        """
         work = self._work
-        start = start_states(work.lanes_of_all, mixture_names(work.config))
-        changed = {key: before.get(key, start[key]) for key, state in after.items() if before.get(key) != state}
-        return describe_position(changed, lanes=work.lanes_of_all, shards=work.shards, config=work.config)
+        places = []
+        for key, state in {key: before.get(key, self._start[key]) for key in after}.items():
+            if state == after[key]:
+                continue
+            lane, source = read_key(key)
+            cursor, offset = read_state(state)
+            shards = shards_of_source(work.shards, work.config, source)
+            file = ""
+            if packing_of(work.config, shards) == "stream":
+                parts = lane_parts(work.config, work.lanes_of_all, len(shards))[lane]
+                part = parts_in_order(parts, work.config.seed, lane, cursor.epoch)[cursor.place]
+                file = f"{shards[part.shard].label}, "
+            place = f"block {cursor.block}, row {cursor.item} and {offset} tokens"
+            places.append(f"lane {key}: epoch {cursor.epoch}, after {file}{place}")
+        return places
 
-    def __enter__(self) -> "TrainStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        while self._producers:
-            self._producers.pop().close()
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+        while self._workers:
+            self._workers.pop().close()
 
     def _batch(self, shares: list[LaneBlocks]) -> Batch:
         import torch
@@ -179,7 +166,3 @@ class TrainStream:
             counts={**counts_of(states), "retries": sum(share.retries for share in shares)},
             notes=[note for share in shares for note in share.notes],
         )
-
-
-def _states_of(lanes: Sequence[int], states: Mapping[str, Mapping[str, Any]]) -> LaneStates:
-    return {key: dict(state) for key, state in states.items() if read_key(key)[0] in lanes}

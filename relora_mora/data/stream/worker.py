@@ -8,21 +8,21 @@ and it also dies with its parent.
 
 import contextlib
 import os
+import pickle
 import queue
 import signal
-import site
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 
 import psutil
 
 from relora_mora.data.errors import SourceError, WorkerError
-from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer
+from relora_mora.data.stream.producer import Assignment, LaneBlocks, produce
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.process import end_with_parent
 
@@ -36,35 +36,33 @@ _ENVIRONMENT = {
     "RAYON_NUM_THREADS": "1",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
-_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 Answers = queue.Queue[LaneBlocks | Exception]  # an exception is the last answer
 
 
 class WorkerProcess:
-    """``produce()`` returns and raises the same as ``Producer.produce()``, in the same order.
+    """``produce()`` returns the blocks of ``producer.produce()`` in their order, and raises its error.
 
     It raises a WorkerError if the worker was killed, or failed for a reason other than the user's input.
     """
 
     def __init__(self, assignment: Assignment) -> None:
-        self._connection, theirs = Pipe()
-        environment = os.environ | _ENVIRONMENT
-        if str(_PACKAGE_ROOT) not in (*site.getsitepackages(), site.getusersitepackages()):  # a checkout
-            roots = filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")])
-            environment["PYTHONPATH"] = os.pathsep.join(roots)
+        self._connection, theirs = Pipe(duplex=False)
+        imports = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # from where this process imports
         # the child inherits the blocked signals, so none of them can end it before it ignores them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=environment,
-            )
+            with tempfile.TemporaryFile() as work:
+                pickle.dump(assignment, work)
+                work.seek(0)
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                    stdin=work,
+                    pass_fds=[theirs.fileno()],
+                    env=os.environ | _ENVIRONMENT | imports,
+                )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        self._assignment: Assignment | None = assignment
         self._failure: Exception | None = None
         self._cpu_seconds = -1.0  # of the process when it last made progress
         self._worked_at = 0.0
@@ -76,14 +74,6 @@ class WorkerProcess:
     @property
     def is_dead(self) -> bool:
         return self._process.poll() is not None
-
-    def begin(self) -> None:
-        """Hands over the assignment. The constructor does not, so that several workers can start at the same time."""
-        try:
-            self._connection.send(self._assignment)
-        except OSError as error:
-            raise self._death() from error
-        self._assignment = None
 
     def produce(self) -> LaneBlocks:
         if self._failure is None:
@@ -128,10 +118,6 @@ class WorkerProcess:
             self._process.wait(KILL_SECONDS)
         self._connection.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_process"):
-            self.close()
-
     def _death(self) -> WorkerError:
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -142,22 +128,21 @@ class WorkerProcess:
 
 
 def main(descriptor: int, parent: int) -> None:
-    """``descriptor`` is this end of the pipe, ``parent`` the process id of the trainer."""
+    """The worker's end: its work is in stdin, ``descriptor`` is the pipe's, ``parent`` the trainer's process id."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     end_with_parent(parent, signal.SIGKILL)
     # tokenizing needs no torch, but transformers would import it: 190 MB and more than a second in every worker
     sys.modules["torch"] = None  # type: ignore[assignment]
-    connection = Connection(descriptor)
-    assignment: Assignment = connection.recv()
+    connection = Connection(descriptor, readable=False)
+    assignment: Assignment = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the trainer
     # the queue holds the batches prepared ahead; the pipe holds at most a part of a batch
     answers: Answers = queue.Queue(maxsize=assignment.config.prefetch_batches)
     threading.Thread(target=_send_all, args=(connection, answers), daemon=True).start()
     try:
-        producer = Producer(assignment)
-        while True:
-            answers.put(producer.produce())
+        for blocks in produce(assignment):
+            answers.put(blocks)
     except Exception as error:
         answers.put(_error_for_trainer(error))
     threading.Event().wait()  # until the parent kills this process, so that the last answer gets through

@@ -4,16 +4,14 @@ The folder holds a file of tokens for each shard of the text, in the same order,
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from relora_mora.config.data import SampleBy
 from relora_mora.config.types import Strict
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.system.files import write_synced
 
 INDEX = "tokens.json"
 COMMAND = "relora-mora tokenize"
@@ -41,7 +39,7 @@ class SourceText(Strict):
 
 
 class FileStats(Strict):
-    """The totals of a file of tokens."""
+    """The totals of a file of tokens, or of all."""
 
     rows: int
     documents: int  # rows that are not skipped
@@ -67,23 +65,16 @@ class Index(Strict):
     texts: list[SourceText]
     files: list[FileStats] | None = None
 
-    def token_files(self) -> list[TokenFile]:
-        return [
-            TokenFile(making=self.making, text=text, totals=totals)
-            for text, totals in zip(self.texts, self.files or [], strict=True)
-        ]
+    @model_validator(mode="after")
+    def _check_count(self) -> "Index":
+        if self.files is not None and len(self.files) != len(self.texts):
+            raise ValueError(f"{len(self.files)} files of {len(self.texts)} shards")
+        return self
 
 
 def is_token_folder(folder: str | Path) -> bool:
-    """Whether this is a folder of tokens: its index has a spec, or is damaged and lies next to a file of tokens."""
-    index = Path(folder, INDEX)
-    if not os.path.isfile(index):  # noqa: PTH113 - Path.is_file raises for a long name
-        return False
-    try:
-        with index.open("rb") as stream:
-            return b'"making"' in stream.read(4096) or file_in(Path(folder), 0).is_file()
-    except OSError:  # read_index will report the reason
-        return True
+    """Whether a folder has an index, finished or not."""
+    return os.path.isfile(Path(folder, INDEX))  # noqa: PTH113 - Path.is_file raises for a long or a closed name
 
 
 def file_in(folder: Path, number: int) -> Path:
@@ -107,26 +98,14 @@ def read_index(folder: Path) -> Index:
         ) from None
 
 
-def finished_index(folder: Path) -> Index:
-    """The index of a finished folder. Raises SourceError if the folder is damaged or not finished."""
+def finished_files(folder: Path) -> list[TokenFile]:
+    """The files of a finished folder. Raises SourceError if the folder is damaged or not finished."""
     index = read_index(folder)
     if index.files is None:
         raise SourceError(
             f"{folder}: its tokens are not finished; run {COMMAND} again with the same arguments, and it continues"
         )
-    if len(index.files) != len(index.texts):
-        raise SourceError(
-            f"{folder / INDEX} is damaged ({len(index.files)} files of {len(index.texts)} shards); "
-            f"remove {folder} and make its tokens again: {COMMAND}"
-        )
-    return index
-
-
-def write_index(folder: Path, index: Index) -> None:
-    write_synced(folder / INDEX, index.model_dump_json(indent=1) + "\n")
-
-
-def total_of(files: Sequence[FileStats]) -> FileStats:
-    """The sums over all files, without a digest."""
-    counts = {name: sum(getattr(file, name) for file in files) for name in FileStats.model_fields if name != "digest"}
-    return FileStats(**counts, digest="")
+    return [
+        TokenFile(making=index.making, text=text, totals=totals)
+        for text, totals in zip(index.texts, index.files, strict=True)
+    ]

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import multiprocessing
-import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
@@ -26,10 +25,9 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.content import contents, samples_digest, with_versions
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.first_rows import check_columns
-from relora_mora.data.lines import is_encodable
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, ends_of, packing_of, records_digest
-from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, JudgedRows, RecordsFound, in_calls, too_many
+from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, JudgedRows, RecordsFound, in_calls
 from relora_mora.data.shard import TEXT, RecordFormat, Shard
 from relora_mora.data.sources import token_shards
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
@@ -37,55 +35,29 @@ from relora_mora.data.stream.whole import WholeRows
 from relora_mora.data.tokens import index
 from relora_mora.data.tokens.rows import MappedTokens
 from relora_mora.system.bars import Bar
-from relora_mora.system.files import disk_faults_named, sync
+from relora_mora.system.files import disk_faults_named, sync, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.process import end_with_parent
 from relora_mora.tokenizer.identity import tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
 
-# limits of a record batch; a lane that reads rows maps one batch at a time
-BATCH_TOKENS = 1 << 22
-BATCH_ROWS = 1 << 16
-TEXTS_PER_CALL = 256  # per tokenizer call; enough to keep several cores of one process busy
+TEXTS_PER_CALL = 1024  # at most, of the tokenizer; the rows of a call are a record batch of the file
 _UNFINISHED = ".tmp"  # suffix of a file that is being written
 _LOCK = ".lock"
 
 
-def check_tokens(
-    shards: Sequence[Shard], *, tokenizer_path: str, eos: int | None, limits: DataConfig | None = None
-) -> None:
-    """Raises SourceError if shards of tokens do not hold what this tokenizer would make of their text or records.
-
-    With ``limits``, also if a run with these limits would make other tokens of it, or has too many bad rows in it.
-    """
-    folders = {Path(shard.location).parent: shard for shard in shards if shard.tokens}
-    fingerprint = tokenizer_fingerprint(tokenizer_path) if folders else ""
-    for folder, shard in folders.items():
+def check_tokens(shards: Sequence[Shard], *, tokenizer_path: str, eos: int | None) -> None:
+    """Raises SourceError if shards of tokens do not hold what this tokenizer makes of their text or records."""
+    for folder, shard in {Path(shard.location).parent: shard for shard in shards if shard.tokens}.items():
         assert shard.tokens is not None
-        making = shard.tokens.making
-        if (making.tokenizer, making.eos) != (fingerprint, eos):
+        made = shard.tokens.making
+        tokenizer = load_tokenizer(tokenizer_path)
+        now = (tokenizer_fingerprint(tokenizer_path, tokenizer), eos, records_digest(tokenizer, shard.records))
+        if (made.tokenizer, made.eos, made.records) != now:
             raise SourceError(
-                f"{folder} holds tokens of another tokenizer than {tokenizer_path}; "
-                "give the tokenizer that made them, or make tokens with this one in another folder"
-            )
-        if shard.holds_records and making.records != records_digest(load_tokenizer(tokenizer_path), shard.records):
-            raise SourceError(
-                f"{folder} holds tokens of records that were written in another way; give data.records "
-                "(kind, columns, template, score) as when they were made, or make tokens in another folder"
-            )
-        for name in ("max_line_bytes", "sample_by") if limits else ():
-            given = getattr(making, name)
-            if given not in (None, getattr(limits, name)):
-                raise SourceError(
-                    f"{folder} holds tokens that were made with data.{name} {given}, and it is "
-                    f"{getattr(limits, name)} now; set it to {given}"
-                )
-    for shard in shards:
-        totals = shard.tokens.totals if shard.tokens else None
-        if totals and limits and too_many(totals.bad, totals.rows, limits.max_bad_fraction):
-            raise SourceError(
-                f"{shard.location}: {totals.bad} of {totals.rows} rows were bad, more "
-                f"than data.max_bad_fraction ({limits.max_bad_fraction:g}); repair or drop the shard, or raise it"
+                f"{folder} holds tokens of another tokenizer than {tokenizer_path}, or of records that were written in "
+                "another way; give the tokenizer and the data.records (kind, columns, template, score) with which they "
+                "were made, or make tokens in another folder"
             )
 
 
@@ -94,13 +66,17 @@ def make_tokens(
 ) -> index.FileStats:
     """Tokenizes the shards whose files are missing in ``out``; returns the totals of the whole folder.
 
-    The shards hold text, or records of one format. Shows a progress bar in bytes of text, or in shards if a size is
-    unknown. Only the limits of ``config`` matter. Raises SourceError for text that cannot be read and for a folder that
-    holds something else, TokenizerError for the tokenizer, and OSError for the disk or if a process was killed.
+    The shards hold text, or records of one format. Shows a progress bar. Only the limits of ``config`` matter. Raises
+    SourceError for text that cannot be read and for a folder that holds something else, TokenizerError for the
+    tokenizer, and OSError for the disk or if a process was killed.
     """
     check_columns(shards, config)
     shards, planned = _plan(shards, config, tokenizer_path)
-    return _make(shards, planned, out, config, tokenizer_path, processes)
+    files = _make(shards, planned, out, config, tokenizer_path, processes)
+    counts = {
+        name: sum(getattr(file, name) for file in files) for name in index.FileStats.model_fields.keys() - {"digest"}
+    }
+    return index.FileStats(**counts, digest="")
 
 
 def tokens_of_whole_rows(
@@ -112,7 +88,7 @@ def tokens_of_whole_rows(
     how many rows can be used. Raises as :func:`make_tokens`, and SourceError if no row of a source can be used.
     """
     replaced: dict[int, Shard] = {}
-    folders: list[Path] = []
+    folders: set[Path] = set()
     for name in mixture_names(config):
         own = [number for number, shard in enumerate(shards) if shards_of_source([shard], config, name)]
         if packing_of(config, [shards[number] for number in own]) == "stream":
@@ -123,13 +99,14 @@ def tokens_of_whole_rows(
             first = shards[group[0]]
             text, planned = _plan([shards[number] for number in group], config, tokenizer_path)
             key = f"{planned.model_dump_json()} {[shard.version for shard in text]}"  # also when files were written
-            folders.append(cache / xxhash.xxh3_128_hexdigest(key.encode()))
-            _make(text, planned, folders[-1], config, tokenizer_path, processes=1)
-            for number, shard in zip(group, token_shards(folders[-1]), strict=True):
+            folder = cache / xxhash.xxh3_128_hexdigest(key.encode())
+            _make(text, planned, folder, config, tokenizer_path, processes=1)
+            folders.add(folder)
+            for number, shard in zip(group, token_shards(folder), strict=True):
                 replaced[number] = replace(shard, source=first.source, records=first.records)
         with closing(WholeRows([replaced.get(number, shards[number]) for number in own], config)) as rows:
             log.info("%s%s", name and f"{name}: ", rows)
-    for folder in set(cache.glob("*")) - set(folders):
+    for folder in set(cache.glob("*")) - folders:
         shutil.rmtree(folder, ignore_errors=True)
     return replaced
 
@@ -139,8 +116,6 @@ def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> t
     for shard in shards:
         if shard.tokens is not None:
             raise SourceError(f"{Path(shard.location).parent} holds tokens already; give the text of these tokens")
-        if not is_encodable(shard.name):
-            raise SourceError(f"{shard.location!a}: its name is not UTF-8, and the index stores it; rename the file")
     if len({shard.records for shard in shards}) > 1:
         raise SourceError("the sources hold different kinds of records; tokenize each into a folder of its own")
     shards = with_versions(shards, config.timeout_seconds)
@@ -150,7 +125,7 @@ def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> t
         for s, digest in zip(shards, contents(shards), strict=True)
     ]
     making = index.TokenizationSpec(
-        tokenizer=tokenizer_fingerprint(tokenizer_path),
+        tokenizer=tokenizer_fingerprint(tokenizer_path, tokenizer),
         eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
         max_line_bytes=config.max_line_bytes,
         sample_by=config.sample_by if any(shard.format is TEXT for shard in shards) else None,
@@ -162,63 +137,54 @@ def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> t
 
 def _make(
     shards: Sequence[Shard], planned: index.Index, out: Path, config: DataConfig, tokenizer_path: str, processes: int
-) -> index.FileStats:
+) -> list[index.FileStats]:
     with _locked_folder(out, planned) as before:
         paths = [index.file_in(out, number) for number in range(len(shards))]
-        done = {number: totals_of(path) for number, path in enumerate(paths) if path.exists()}
-        for number, totals in done.items():
-            if before.files and totals != before.files[number]:
-                raise SourceError(f"{paths[number]} has changed since it was made; remove it and make it again")
+        # those of a finished folder are compared with its index when they are read
+        done = {n: before[n] if before else totals_of(path) for n, path in enumerate(paths) if path.exists()}
         left = [number for number in range(len(shards)) if number not in done]
         processes = max(1, min(processes, len(left)))
         threads = max(1, len(os.sched_getaffinity(0)) // processes)
         _encoder.cache_clear()  # another tokenizer may be in the same folder by now
         write = partial(write_tokens, config=config, tokenizer_path=tokenizer_path, threads=threads)
         jobs = {number: partial(write, shards[number], paths[number]) for number in left}
-        sizes = [shard.size or 0 for shard in shards]
-        with Bar("tokenizing", "byte" if all(sizes) else "shard") as bar:
-            weights = sizes if all(sizes) else [1] * len(shards)
-            parts: dict[int, float] = {number: weights[number] for number in done}
-
-            def report(number: int, part: float) -> None:
-                parts[number] = part * weights[number]
-                bar.update(sum(parts.values()), sum(weights))
-
-            if processes > 1:
-                done |= _in_processes(jobs, processes, threads, report)
-            else:
-                done |= {number: job(progress=partial(report, number)) for number, job in jobs.items()}
+        with Bar("tokenizing", "shard", total=len(shards)) as bar:
+            # of a shard that this process tokenizes, the bar also shows a part
+            results = ((n, job(progress=lambda part: bar.update(len(done) + part))) for n, job in jobs.items())
+            for number, totals in results if processes == 1 else _in_processes(jobs, processes, threads):
+                done[number] = totals
+                bar.update(len(done))
         files = [done[number] for number in range(len(shards))]
-        index.write_index(out, planned.model_copy(update={"files": files}))
-    return index.total_of(files)
+        _write_index(out, planned.model_copy(update={"files": files}))
+    return files
+
+
+def _write_index(folder: Path, content: index.Index) -> None:
+    write_synced(folder / index.INDEX, content.model_dump_json(indent=1) + "\n")
 
 
 @contextlib.contextmanager
-def _locked_folder(out: Path, planned: index.Index) -> Iterator[index.Index]:
-    """Creates the folder with its index, or opens one, locks it against other commands, and yields its index.
+def _locked_folder(out: Path, planned: index.Index) -> Iterator[list[index.FileStats] | None]:
+    """Creates the folder with its index, or opens one, locks it against other commands, and yields its finished files.
 
     Raises SourceError if the folder belongs to another text, tokenizer or limits, or if another command writes to it.
     """
     lock = out / _LOCK
-    if os.path.lexists(out) and not index.is_token_folder(out) and (not out.is_dir() or {*out.iterdir()} - {lock}):
+    if out.exists() and not index.is_token_folder(out) and (not out.is_dir() or {*out.iterdir()} - {lock}):
         raise FileExistsError(f"{out}: exists and holds something else; give a new folder, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, blocking=False):
-            existing = index.read_index(out) if index.is_token_folder(out) else planned
-            difference = ""
-            if existing.making != planned.making:
-                difference = "made by another tokenizer, or with another max_line_bytes, sample_by or records"
-            elif existing.texts != planned.texts:
-                difference = (
-                    "of another text, or of this text before it changed (data.revision names an earlier commit)"
+            if not index.is_token_folder(out):
+                _write_index(out, planned)
+            existing = index.read_index(out)
+            if (existing.making, existing.texts) != (planned.making, planned.texts):
+                raise SourceError(
+                    f"{out} holds tokens of another text, or of this text before it changed, or they were made by "
+                    "another tokenizer or with other settings of data; give another folder, or remove this one"
                 )
-            if difference:
-                raise SourceError(f"{out} holds tokens {difference}; give another folder, or remove this one")
-            if existing is planned:
-                index.write_index(out, planned)
             try:
-                yield existing
+                yield existing.files
             finally:  # processes that were killed, for example after Ctrl-C, leave unfinished files
                 for path in out.glob(f"*{_UNFINISHED}"):
                     path.unlink(missing_ok=True)
@@ -227,57 +193,48 @@ def _locked_folder(out: Path, planned: index.Index) -> Iterator[index.Index]:
 
 
 def _in_processes(
-    jobs: Mapping[int, Callable[[], index.FileStats]],
-    processes: int,
-    threads: int,
-    report: Callable[[int, float], None],
-) -> dict[int, index.FileStats]:
-    """Tokenizes the jobs in processes, which are killed however it ends.
-
-    They inherit a blocked SIGINT, because Ctrl-C is meant for this process.
-    """
+    jobs: Mapping[int, Callable[[], index.FileStats]], processes: int, threads: int
+) -> Iterator[tuple[int, index.FileStats]]:
+    """The results of the jobs, which run in processes. These are killed however it ends."""
     context = multiprocessing.get_context("spawn")
-    multiprocessing.resource_tracker.ensure_running()  # if started later, it would unblock the signal
-    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, initializer=_begin_process, initargs=(threads,))
-    done = {}
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            numbers = {pool.submit(job): number for number, job in jobs.items()}
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        numbers = {pool.submit(job): number for number, job in jobs.items()}
         for result in as_completed(numbers):
-            done[numbers[result]] = result.result()
-            report(numbers[result], 1.0)
+            yield numbers[result], result.result()
     except BrokenProcessPool:
         raise ChildProcessError(
             "a process that makes tokens was killed; if memory ran out, give fewer --processes. "
             "A second call continues from the finished files"
         ) from None
     finally:
-        for process in set(multiprocessing.active_children()) - others:
+        for process in multiprocessing.active_children():
             process.kill()
         pool.shutdown(cancel_futures=True)
-    return done
 
 
 def _begin_process(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent
     os.environ |= {
         "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
         "RAYON_NUM_THREADS": str(threads),
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # no warning that torch is missing
     }
     sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing does not need it: see worker.py
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    end_with_parent(parent.pid, signal.SIGKILL)  # the pool would wait for further jobs
+    end_with_parent(os.getppid(), signal.SIGKILL)  # the pool would wait for further jobs
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(tokenizer_path: str, records: RecordFormat | None) -> tuple[Encode[Any], int]:
+def _encoder(tokenizer_path: str, records: RecordFormat | None) -> tuple[Encode[Any], Any]:
+    """The function that encodes rows, and the columns of a file of them."""
+    import pyarrow
+
     tokenizer = load_tokenizer(tokenizer_path)
-    return encoder_of(tokenizer, [records], "stream", 0), vocabulary_size(tokenizer)
+    ids = pyarrow.uint16() if vocabulary_size(tokenizer) <= 1 << 16 else pyarrow.uint32()
+    columns = {"tokens": pyarrow.list_(ids), "utf8_bytes": pyarrow.int64(), "skipped": pyarrow.string()}
+    if records is not None and not records.is_text:
+        columns["scored"] = pyarrow.list_(pyarrow.uint8())
+    return encoder_of(tokenizer, [records], "stream", 0), pyarrow.schema(columns)
 
 
 def write_tokens(
@@ -286,7 +243,7 @@ def write_tokens(
     *,
     config: DataConfig,
     tokenizer_path: str,
-    threads: int = 1,
+    threads: int,
     progress: Callable[[float], object] = lambda part: None,
 ) -> index.FileStats:
     """Tokenizes a shard in bounded memory; the file appears only once it is complete. ``threads``: the tokenizer's.
@@ -294,25 +251,24 @@ def write_tokens(
     ``progress`` is called with the fraction of the shard that has been read. Only the limits of ``config`` matter.
     Raises SourceError for text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
     """
-    encode, vocabulary = _encoder(tokenizer_path, shard.records)
+    import pyarrow
+
+    encode, schema = _encoder(tokenizer_path, shard.records)
     found = RecordsFound(config)
     unfinished = path.with_name(path.name + _UNFINISHED)
     with disk_faults_named(path.parent):
         with closing(open_rows(config, shard)) as opened, unfinished.open("wb") as stream:
             assert isinstance(opened, JudgedRows), "tokens of tokens"
-            writer = TokenWriter(stream, vocabulary, records=shard.holds_records)
-            taken = chain.from_iterable(iter(lambda: opened.take(TEXTS_PER_CALL), []))
-            for rows in in_calls(taken, TEXTS_PER_CALL, threads * CALL_CHARACTERS):
-                encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
-                for row in rows:
-                    if isinstance(row, Skipped):
-                        writer.write(row)
-                        continue
-                    made = next(encoded)
-                    found.add(made)
-                    writer.write(made, len(row.encode()) if isinstance(row, str) else 0)
-                progress(opened.progress)
-            writer.close()
+            with pyarrow.ipc.new_file(stream, schema) as file:
+                taken = chain.from_iterable(iter(lambda: opened.take(TEXTS_PER_CALL), []))
+                for rows in in_calls(taken, TEXTS_PER_CALL, threads * CALL_CHARACTERS):
+                    encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
+                    made = [(row, row if isinstance(row, Skipped) else next(encoded)) for row in rows]
+                    for row, tokens in made:
+                        if not isinstance(row, Skipped):
+                            found.add(tokens)
+                    file.write_batch(_record_batch(made, schema))
+                    progress(opened.progress)
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(path)
@@ -320,58 +276,34 @@ def write_tokens(
     return totals_of(path)
 
 
-class TokenWriter:
-    """``write(row, utf8_bytes)`` adds a row: its tokens, or the reason why it was skipped."""
+def _record_batch(rows: Sequence[tuple[Any, Encoded | Skipped]], schema: Any) -> Any:
+    """The columns of rows, each given as what was read and its tokens or why there are none."""
+    import pyarrow
 
-    def __init__(self, stream: Any, vocabulary: int, *, records: bool = False) -> None:
-        import pyarrow
-
-        self._ids = pyarrow.uint16() if vocabulary <= 1 << 16 else pyarrow.uint32()
-        columns = [("tokens", pyarrow.list_(self._ids)), ("utf8_bytes", pyarrow.int64()), ("skipped", pyarrow.string())]
-        if records:
-            columns.append(("scored", pyarrow.list_(pyarrow.uint8())))
-        self._schema = pyarrow.schema(columns)
-        self._file = pyarrow.ipc.new_file(stream, self._schema)
-        self._rows: list[dict[str, Any]] = []
-        self._tokens = 0
-
-    def write(self, row: Encoded | Skipped, utf8_bytes: int = 0) -> None:
-        ids, scored, *_ = Encoded([]) if isinstance(row, Skipped) else row
-        self._rows.append(
+    values = []
+    for row, made in rows:
+        ids, scored, *_ = Encoded([]) if isinstance(made, Skipped) else made
+        values.append(
             {
-                "tokens": np.array(ids, self._ids.to_pandas_dtype()),
-                "utf8_bytes": utf8_bytes,
-                "skipped": row.reason if isinstance(row, Skipped) else None,
+                "tokens": np.array(ids, schema.field("tokens").type.value_type.to_pandas_dtype()),
+                "utf8_bytes": len(row.encode()) if isinstance(row, str) else 0,
+                "skipped": made.reason if isinstance(made, Skipped) else None,
                 "scored": np.ones(len(ids), np.uint8) if scored is None else np.array(scored, np.uint8),
             }
         )
-        self._tokens += len(ids)
-        if self._tokens >= BATCH_TOKENS or len(self._rows) >= BATCH_ROWS:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._file.close()
-
-    def _flush(self) -> None:
-        import pyarrow
-
-        if self._rows:
-            self._file.write_batch(pyarrow.RecordBatch.from_pylist(self._rows, schema=self._schema))
-        self._rows = []
-        self._tokens = 0
+    return pyarrow.RecordBatch.from_pylist(values, schema=schema)
 
 
 def totals_of(path: Path) -> index.FileStats:
     """The totals of a file of tokens. Raises SourceError if it is damaged."""
     with closing(MappedTokens(str(path))) as tokens:
-        batches = [*tokens.batches()]
-        documents = tokens.rows - sum(len(batch.skipped) for batch in batches)
+        reasons = [reason for _, reason in tokens.skipped()]
+        documents = tokens.rows - len(reasons)
         return index.FileStats(
             rows=tokens.rows,
             documents=documents,
-            bad=sum(reason in BAD_REASONS for batch in batches for reason in batch.skipped.values()),
+            bad=sum(reason in BAD_REASONS for reason in reasons),
             tokens=tokens.ids + documents,
-            utf8_bytes=sum(int(batch.utf8_bytes.sum()) for batch in batches),
+            utf8_bytes=tokens.utf8_bytes,
             digest=samples_digest(str(path)),
         )

@@ -7,14 +7,13 @@ for each token. Lanes share a file as they would share the text's file.
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError, unreadable
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, unreadable
 from relora_mora.data.rows import Encoded, TokenIds, share_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import COMMAND
@@ -29,6 +28,21 @@ class _Batch(NamedTuple):
     utf8_bytes: npt.NDArray[np.int64]
     skipped: dict[int, str]  # the reasons of the rows that are skipped
 
+    @staticmethod
+    def of(stored: Any) -> "_Batch":
+        stored.validate(full=True)  # that offsets rise and stay within the file
+        tokens = stored.column("tokens")
+        reasons = stored.column("skipped")
+        names = reasons.to_pylist() if reasons.null_count < len(reasons) else []
+        has_scored = "scored" in stored.schema.names
+        return _Batch(
+            offsets=tokens.offsets.to_numpy(),
+            ids=tokens.values.to_numpy(),
+            scored=stored.column("scored").values.to_numpy().view(np.bool_) if has_scored else None,
+            utf8_bytes=stored.column("utf8_bytes").to_numpy(),
+            skipped={at: reason for at, reason in enumerate(names) if reason is not None},
+        )
+
 
 class MappedTokens:
     """A file of tokens. Raises SourceError if it is damaged, OSError if its disk is gone (``LOST_DISK``)."""
@@ -37,23 +51,28 @@ class MappedTokens:
         import pyarrow
 
         self._path = path
-        with self._naming_damage():
+        try:
             self._map = pyarrow.memory_map(path)
             file = pyarrow.ipc.open_file(self._map)
-            self._stored = [file.get_batch(number) for number in range(file.num_record_batches)]
-            self.holds_records = "scored" in file.schema.names
-            self.ids = sum(len(batch.column("tokens").values) for batch in self._stored)
-        self._starts = [0, *accumulate(batch.num_rows for batch in self._stored)]
-        self._read: dict[int, _Batch] = {}
+            self._batches = [_Batch.of(file.get_batch(number)) for number in range(file.num_record_batches)]
+        except MemoryError:  # pyarrow's is an ArrowException, too
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise unreadable(path, error, f"check the path, or make it again: {COMMAND}") from error
+            raise self.damaged(str(error)) from error
+        self._starts = [0, *accumulate(len(batch.utf8_bytes) for batch in self._batches)]
+        self.ids = sum(len(batch.ids) for batch in self._batches)
+        self.utf8_bytes = sum(int(batch.utf8_bytes.sum()) for batch in self._batches)
 
     @property
     def rows(self) -> int:
         return self._starts[-1]
 
     def row(self, number: int) -> Encoded | Skipped:
-        stored = bisect_right(self._starts, number) - 1
-        batch = self._batch(stored)
-        at = number - self._starts[stored]
+        at = bisect_right(self._starts, number) - 1
+        batch = self._batches[at]
+        at = number - self._starts[at]
         if at in batch.skipped:
             return Skipped(batch.skipped[at])
         own = slice(batch.offsets[at], batch.offsets[at + 1])
@@ -61,8 +80,15 @@ class MappedTokens:
             return Encoded(batch.ids[own], utf8_bytes=int(batch.utf8_bytes[at]))
         return Encoded(batch.ids[own], batch.scored[own])
 
-    def batches(self) -> Iterator[_Batch]:
-        return map(self._batch, range(len(self._stored)))
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The number of tokens of each row."""
+        parts = [np.diff(batch.offsets) for batch in self._batches]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+    def skipped(self) -> Iterator[tuple[int, str]]:
+        """The numbers of the rows that are skipped, with the reason of each."""
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            yield from ((start + at, reason) for at, reason in batch.skipped.items())
 
     def damaged(self, reason: str) -> SourceError:
         return SourceError(
@@ -71,43 +97,8 @@ class MappedTokens:
         )
 
     def close(self) -> None:
-        self._read.clear()
-        self._stored.clear()
+        self._batches.clear()
         self._map.close()
-
-    def _batch(self, number: int) -> _Batch:
-        if number in self._read:
-            return self._read[number]
-        stored = self._stored[number]
-        with self._naming_damage():
-            stored.validate(full=True)  # that offsets rise and stay within the file
-            tokens = stored.column("tokens")
-            reasons = stored.column("skipped")
-            names = reasons.to_pylist() if reasons.null_count < len(reasons) else []
-            batch = _Batch(
-                offsets=tokens.offsets.to_numpy(),
-                ids=tokens.values.to_numpy(),
-                scored=stored.column("scored").values.to_numpy().view(np.bool_) if self.holds_records else None,
-                utf8_bytes=stored.column("utf8_bytes").to_numpy(),
-                skipped={at: reason for at, reason in enumerate(names) if reason is not None},
-            )
-        if unknown := set(batch.skipped.values()).difference(SKIP_REASONS):
-            raise self.damaged(f"a row is skipped for the reason {min(unknown)!r}")
-        self._read[number] = batch
-        return batch
-
-    @contextmanager
-    def _naming_damage(self) -> Iterator[None]:
-        import pyarrow
-
-        try:
-            yield
-        except MemoryError:  # pyarrow's is an ArrowException, too
-            raise
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise unreadable(self._path, error, f"check the path, or make it again: {COMMAND}") from error
-            raise self.damaged(str(error)) from error
 
 
 class TokenRows:
@@ -144,7 +135,6 @@ def open_tokens(shard: Shard) -> MappedTokens:
     assert indexed is not None, "a shard of text"
     tokens = MappedTokens(shard.location)
     totals = indexed.totals
-    fits = (tokens.rows, tokens.ids + totals.documents) == (totals.rows, totals.tokens)
-    if not fits or tokens.holds_records != (indexed.making.records is not None):
+    if (tokens.rows, tokens.ids + totals.documents) != (totals.rows, totals.tokens):
         raise tokens.damaged("it is another file than its folder says")
     return tokens

@@ -27,7 +27,6 @@ from relora_mora.data.first_rows import check_columns, check_lanes, check_record
 from relora_mora.data.named_sets import is_on_disk, with_commits
 from relora_mora.data.read import count_epochs
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.data.tokens.make import tokens_of_whole_rows
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.evaluation.harness import Tasks
@@ -221,16 +220,13 @@ def _tasks(inputs: Inputs) -> Tasks | None:
 
 
 def _with_saved_commits(config: Config) -> DataConfig:
-    """The data settings with the commits in the checkpoint of this run, so that a resume reads the same data.
-
-    The sources of a mixture keep the order that they have in the checkpoint.
-    """
+    """The data settings with the commits in the checkpoint of this run, so that a resume reads the same data."""
     named = config.train.resume not in ("auto", "never")
     saved: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):
         saved = newest_manifest(Path(config.train.resume if named else config.train.run_dir)).config.get("data", {})
     commits = (saved.get("commits") or {}) | config.data.commits
-    return in_saved_order(config.data.model_copy(update={"commits": commits}), saved)
+    return config.data.model_copy(update={"commits": commits})
 
 
 def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -63,8 +63,7 @@ def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | N
     check_columns([shard for shard in shards if not shard.is_remote], data)
     if tokenizer is not None:
         check_records([shard for shard in shards if not shard.is_remote], data, tokenizer)
-        limits = data if split == "train" else None
-        check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
+        check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id)
     if split == "validation":
         content_of(shards)  # raises SourceError for damaged tokens
     return shards

@@ -53,6 +53,7 @@ class Trainer:
         is_first = self.rank == 0
         self.data = TrainStream(
             config.data,
+            run.inputs.shards,
             tokenizer_path=config.tokenizer_path,
             batch_size=config.train.batch_size,
             lanes=config.lanes,
@@ -60,7 +61,6 @@ class Trainer:
             world_size=run.engine.world_size,
             state=state.data or None,
             step=state.step,
-            shards=run.inputs.shards,
         )
         self.loader = BatchLoader(self.data, config.data, guard)
         self.metrics = Metrics(self.folder, loggers=make_loggers(self.folder, config.log), writes=is_first)

@@ -122,11 +122,11 @@ BAD = [
     ("messages", {"messages": "x"}, "bad_record", "cannot be read as JSON"),
     ("messages", {"messages": {"role": "user"}}, "bad_record", "that is not a list of messages"),
     ("messages", {"messages": []}, "bad_record", "that is not a list of messages"),
-    ("messages", {"messages": ["x"]}, "bad_record", "message 1 that is not an object"),
-    ("messages", {"messages": [{"role": "human", "content": "x"}]}, "bad_record", "with the \"role\" 'human'"),
-    ("messages", {"messages": [{"role": "user", "content": 3}]}, "bad_record", 'whose "content" is not text'),
+    ("messages", {"messages": ["x"]}, "bad_record", "message 1 that lacks a role"),
+    ("messages", {"messages": [{"role": "human", "content": "x"}]}, "bad_record", "than 0 and 1: {'role': 'human'"),
+    ("messages", {"messages": [{"role": "user", "content": 3}]}, "bad_record", "or content of text"),
     ("messages", {"messages": CONVERSATION[:2]}, "no_answer", "has no answer to learn"),
-    ("sharegpt", {"conversations": [{"from": "x", "value": "x"}]}, "bad_record", "with the \"from\" 'x', expected"),
+    ("sharegpt", {"conversations": [{"from": "x", "value": "x"}]}, "bad_record", "message 1 that lacks a role"),
     ("alpaca", {"instruction": None, "output": "x"}, "bad_record", 'has a "instruction" that is not text'),
     ("alpaca", {"instruction": "x", "output": ""}, "no_answer", "has no answer"),
     ("question", {"question": "x", "answer": ""}, "no_answer", "has no answer"),
@@ -153,7 +153,7 @@ def test_an_answer_without_weight_is_not_learned(tokenizer, tmp_path):
     assert [text for is_scored, text in parts(tokenizer, row) if is_scored] == scored[1:]
     assert list(row.ids) == list(plain.ids)
     half = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "weight": 0.5}]
-    assert 'with the "weight" 0.5' in encoded(tokenizer, {"messages": half}, kind="messages", template="chatml").detail
+    assert "'weight': 0.5" in encoded(tokenizer, {"messages": half}, kind="messages", template="chatml").detail
     path = tmp_path / "last.jinja"
     path.write_text("{% generation %}{{ messages[-1].content }}{% endgeneration %}")
     detail = encoded(tokenizer, {"messages": weighed}, kind="messages", template=str(path)).detail

@@ -151,9 +151,8 @@ def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokeniz
     for ranks, lanes, saved, message in (
         (1, 5, None, "lanes must divide the batch"),
         (8, 4, None, "the ranks the lanes"),
-        (1, 8, state, "has 4 lanes, this run has 8"),
-        (1, 4, {**state, "2": {}}, "cannot be read"),
-        (1, 4, {f"{key}/novels": value for key, value in state.items()}, "belongs to other sources"),
+        (1, 8, state, "has 4 lanes .*, and this run has 8"),
+        (1, 4, {f"{key}/novels": value for key, value in state.items()}, r"sources \['novels'\], and .*data\.train"),
     ):
         with pytest.raises(ValueError, match=message):
             stream_of(config, tokenizer_path, 0, ranks, lanes=lanes, state=saved)
@@ -161,17 +160,39 @@ def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokeniz
         merge_states([state, state])
 
 
-def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokenizer_path):
-    path = write_shard(tmp_path / "a.json", ["the only document"])
-    message = r"lane \d found no text in a\.json: there are fewer documents than lanes; .* lower data\.lanes"
-    with stream_of(data_config(path), tokenizer_path) as stream, pytest.raises(SourceError, match=message):
-        next(stream)
-
-
-def test_records_of_which_a_lane_can_use_none_end_the_run(tmp_path, tokenizer_path):
-    rows = [{"prompt": "x", "completion": ""}] * 6
-    path = write_json_lines(tmp_path / "a.jsonl", rows)
-    config = data_config(path, packing="stream", records={"kind": "prompt"})
-    message = r"found no text in a\.jsonl: all of its rows were skipped \(no_answer: \d\)"
+@each(
+    "rows,settings,skipped",
+    [
+        ([{"text": "the only document"}], {}, "none was"),
+        (
+            [{"prompt": "x", "completion": ""}] * 6,
+            {"packing": "stream", "records": {"kind": "prompt"}},
+            r"no_answer: \d",
+        ),
+    ],
+)
+def test_a_lane_without_text_is_refused_with_the_remedy(tmp_path, tokenizer_path, rows, settings, skipped):
+    config = data_config(write_json_lines(tmp_path / "a.jsonl", rows), **settings)
+    message = (
+        rf"lane \d found no text in a\.jsonl: there are fewer documents than lanes, .*{skipped}.*lower data\.lanes"
+    )
     with stream_of(config, tokenizer_path) as stream, pytest.raises(SourceError, match=message):
         next(stream)
+
+
+def test_a_position_names_the_file_of_the_last_whole_document(tmp_path, tokenizer, tokenizer_path):
+    for name in "abc":
+        write_shard(tmp_path / f"{name}.json", [f"{name} " * 50])
+    read, before, after = [tokenizer.eos_token_id], {}, {}
+    with stream_of(data_config(tmp_path / "*.json"), tokenizer_path, batch_size=1, lanes=1) as stream:
+        for _ in range(40):
+            before, after = after, (batch := next(stream)).state
+            [place] = stream.describe(before, after)
+            documents = tokenizer.decode(read).split("</s>")[1:-1]
+            rest = len(read) - 1 - max(at for at, token in enumerate(read) if token == tokenizer.eos_token_id)
+            if documents:
+                epoch = (len(documents) - 1) // 3
+                file = f"{documents[-1][0]}.json"
+                assert place == f"lane 0: epoch {epoch}, after {file}, block 0, row 1 and {rest} tokens"
+            read += batch.labels[0].tolist()
+    assert len(documents) > 6

@@ -10,8 +10,7 @@ import pytest
 from relora_mora.data.errors import SourceError
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import configured_shards
-from relora_mora.data.stream.packing import UNSCORED
-from relora_mora.data.stream.whole import block_of, first_fit
+from relora_mora.data.stream.packing import UNSCORED, block_of, first_fit
 from relora_mora.data.tokens.make import tokens_of_whole_rows
 from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import EOS, data_config, write_json_lines

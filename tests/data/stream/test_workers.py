@@ -38,7 +38,7 @@ def _stream(source, tokenizer_path, **changes):
 @pytest.mark.more
 def test_signals_do_not_stop_a_worker_and_close_ends_it_immediately(source, tokenizer_path):
     with _stream(source, tokenizer_path, workers=1) as stream:
-        (worker,) = stream._producers
+        (worker,) = stream._workers
         for number in STOPS:
             os.kill(worker.pid, number)  # while it starts
         for _ in range(4):
@@ -57,7 +57,7 @@ def test_signals_do_not_stop_a_worker_and_close_ends_it_immediately(source, toke
 def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_no_process(source, tokenizer_path):
     with _stream(source, tokenizer_path, workers=2) as stream:
         next(stream)
-        pids = [worker.pid for worker in stream._producers]
+        pids = [worker.pid for worker in stream._workers]
         os.kill(pids[1], signal.SIGKILL)
         for _ in range(2):
             with pytest.raises(
@@ -77,8 +77,8 @@ def test_a_killed_worker_is_reported_while_another_waits_for_the_network(tmp_pat
         _stream(f"{server.url}/a.json", tokenizer_path, workers=2) as stream,
     ):
         assert not stream.ready(0.1)
-        os.kill(stream._producers[1].pid, signal.SIGKILL)
-        stream._producers[1]._process.wait(5)
+        os.kill(stream._workers[1].pid, signal.SIGKILL)
+        stream._workers[1]._process.wait(5)
         began = time.monotonic()
         assert stream.ready(5.0)
         with pytest.raises(WorkerError, match="was killed by signal 9"):
@@ -91,16 +91,13 @@ import sys
 from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config
 stream = stream_of(data_config(sys.argv[1], workers=2), sys.argv[2], batch_size=16, lanes=8)
-print(*[worker.pid for worker in stream._producers], flush=True)
+print(*[worker.pid for worker in stream._workers], flush=True)
 next(stream)
 """
 
 
 def _lives(pid):
-    try:
-        return lives(psutil.Process(pid))
-    except psutil.NoSuchProcess:
-        return False
+    return psutil.pid_exists(pid) and lives(psutil.Process(pid))
 
 
 @pytest.mark.more

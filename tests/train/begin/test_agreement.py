@@ -29,7 +29,7 @@ def with_a_stopped_worker(config: Any) -> str:
     def step(self: Trainer, share: Any) -> Any:
         result = train_step(self, share)
         if self.state.step == 3 and self.rank == 1:
-            os.kill(self.data._producers[0].pid, signal.SIGSTOP)
+            os.kill(self.data._workers[0].pid, signal.SIGSTOP)
         return result
 
     Trainer.train_step = step  # type: ignore[method-assign]
