@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from relora_mora.config.load import ConfigError
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model.causal import LossModel, body_of, empty_model, put_values
-from relora_mora.model.config_keys import LLAMA_FAMILY
+from relora_mora.model.config import LLAMA_FAMILY
 from relora_mora.model.loss import IGNORE
 
 LAYERS = 2  # of the twin, or more until every kind of layer has appeared

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from relora_mora.checkpoint.layout import MANIFEST, CheckpointError
 from relora_mora.config.load import ConfigError
-from relora_mora.model.config import architecture_of, parse_model_config, read_json
+from relora_mora.model.config import family_of, parse_model_config, read_json
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import quiet_transformers
 
@@ -45,7 +45,7 @@ def foreign_config(path: Path) -> PreTrainedConfig:
     if values.get("model_type") is None:
         fault = "model.init_from: it has no model_type; set it there, to llama for example"
         raise ConfigError([fault], str(file))
-    keys = architecture_of(values, str(file)).keys
+    keys = family_of(values, str(file)).known
     known = {key: value for key, value in values.items() if key in keys}
     generation = path / "generation_config.json"
     ends = read_json(generation, "model.init_from").get("eos_token_id") if generation.exists() else None

@@ -1,4 +1,4 @@
-"""Model settings, seeded weights, and the loss in chunks compared with plain cross-entropy."""
+"""A LLaMA's hidden states, documents, and the loss in chunks compared with plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.kernels import ops
 from relora_mora.model.causal import LossModel, build_model
-from relora_mora.model.config import check_length, read_model_config
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.tools.each import each
-from tests.tools.tiny import batch, tiny_config, tiny_llama
+from tests.tools.tiny import batch, tiny_llama
 
 
 @each("chunk", [1, 3, 7, 100])
@@ -117,22 +114,3 @@ def test_a_document_in_a_sequence_has_the_same_loss_as_by_itself(attention):
         together = model(ids, inside, documents).item()
         assert together == pytest.approx(model(ids[:, document], labels[:, document]).item(), abs=1e-6)
         assert abs(model(ids, inside).item() - together) > 1e-5
-
-
-def test_a_file_that_is_not_a_config_is_named(tmp_path):
-    path = tmp_path / "model.json"
-    with pytest.raises(ConfigError, match="cannot read it"):
-        read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
-    with pytest.raises(ConfigError, match="did you mean llama_7b"):
-        read_model_config(ModelConfig(config="llama_8b"))
-    path.write_text("[1]")
-    with pytest.raises(ConfigError, match=r"holds a list, expected an object; give the config\.json"):
-        read_model_config(ModelConfig(config=str(path)))
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        read_model_config(ModelConfig(config=str(path)))
-
-
-def test_sequences_longer_than_the_positions_are_refused():
-    with pytest.raises(ConfigError, match=r"data.sequence_length: 16 is more than the model's max_position_embeddings"):
-        check_length(tiny_llama(max_position_embeddings=8), tiny_config().data.sequence_length, "unused.json")
