@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.records.passages import passage_of
 from relora_mora.data.shard import Record, RecordFormat
-from relora_mora.evaluation.harness import TaskSettings, _load_tasks, record, table
+from relora_mora.evaluation.harness import TaskSettings, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
 from tests.evaluation.tools import ROWS
 from tests.tools.checkpoints import write_checkpoint
-from tests.tools.commands import EVALUATE, call, files_end_at, refused
+from tests.tools.commands import EVALUATE, call, refused
 from tests.tools.data_tools import write_json_lines
-from tests.tools.each import each
 from tests.tools.runs import checkpoint_at
 from tests.tools.shared import needs_lm_eval
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.more
-UUID = TaskSettings(["local_uuid"])
 
 
 @pytest.fixture
@@ -54,35 +51,14 @@ def nats(lm: LlamaForCausalLM, tokenizer: Any, prompt: str, answer: str) -> floa
 
 def test_a_run_keeps_the_scores_of_its_tasks(tmp_path):
     results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
-    for step in (10, 20):
-        record(tmp_path, step, results, UUID)
-    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, TaskSettings(["local_uuid"], num_fewshot=5, limit=100))
+    record(tmp_path, 10, results, TaskSettings(["local_uuid"]))
+    few = TaskSettings(["local_uuid"], num_fewshot=5, limit=100)
+    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, few)
     lines = read_json_lines(RunFolder(tmp_path).tasks)
-    assert [(line["step"], line["num_fewshot"], line["limit"]) for line in lines] == [
-        (10, None, None),
-        (20, None, None),
-        (20, 5, 100),
-    ]
-    assert lines[0]["tasks/local_uuid/exact_match"] == 0.5
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(RunFolder(tmp_path).tensorboard)).Reload()
-    assert {point.step: point.value for point in events.Scalars("tasks/local_uuid/character_accuracy")} == {
-        10: 0.75,
-        20: 0.75,
-    }
-    assert [point.value for point in events.Scalars("tasks/local_uuid/exact_match/5-shot/first-100")] == [0.25]
+    assert [(line["step"], line["num_fewshot"], line["limit"]) for line in lines] == [(10, None, None), (20, 5, 100)]
+    assert [line["tasks/local_uuid/exact_match"] for line in lines] == [0.5, 0.25]
+    assert few.tagged(results)["tasks/local_uuid/exact_match/5-shot/first-100"] == 0.5
     assert table(results).splitlines()[1].split() == ["local_uuid", "exact_match", "0.5000"]
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_score_that_tensorboard_cannot_write_is_kept_and_reported_once(tmp_path):
-    before = set(threading.enumerate())
-    with files_end_at(1000), pytest.raises(OSError, match=f": '{RunFolder(tmp_path).tensorboard}'"):
-        record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, UUID)
-    assert [line["step"] for line in read_json_lines(RunFolder(tmp_path).tasks)] == [2]
-    for writing in set(threading.enumerate()) - before:
-        writing.join()  # as the thread ends, pytest has its exception
 
 
 def test_options_without_effect_are_refused(model):
@@ -91,7 +67,7 @@ def test_options_without_effect_are_refused(model):
         refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: only used for text")
     refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: only used with --tasks")
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0; ")
-    refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: hellaswag has no local task")
+    refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: only local tasks use it")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
@@ -189,19 +165,3 @@ def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
     alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
     learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row", alpaca))
     assert asked + "x" == learned.text
-
-
-class _Manager:
-    """Loads what lm-eval's manager would: a group of two tasks, or one of them by itself."""
-
-    def load(self, names: list[str]) -> dict[str, Any]:
-        tasks = {"history": "the task of history", "physics": "the task of physics"}
-        if names == ["all"]:
-            return {"groups": {"all": "the group"}, "tasks": tasks, "group_map": {"all": list(tasks)}}
-        return {"groups": {}, "tasks": {name: tasks[name] for name in names}, "group_map": {}}
-
-
-@each("names", [["all", "history"], ["history", "all"]])
-def test_a_task_that_is_also_in_a_group_runs_once(names):
-    """lm-eval refuses one task twice, with a traceback and when all data are there."""
-    assert _load_tasks(_Manager(), {name: name for name in names}) == ["the group"]
