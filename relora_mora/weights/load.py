@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints, read_manifest
+from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
-from relora_mora.config.data import CHATML, DataConfig, RecordsConfig
+from relora_mora.config.data import CHATML, DataConfig, TextSource
 from relora_mora.config.data_flags import SCORING, read_data
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import ModelConfig
@@ -21,6 +21,9 @@ from relora_mora.tokenizer.files import has_tokenizer
 from relora_mora.weights.export import merged_model, merged_weights
 from relora_mora.weights.foreign import foreign_config, is_foreign, load_foreign, positions_in
 from relora_mora.weights.peft import AdapterFolder, is_adapter
+
+T = TypeVar("T", DataConfig, TextSource)
+HF_LENGTH = 2048  # default limit of the sequence length for scoring a foreign model
 
 
 def model_config_of(settings: ModelConfig) -> PreTrainedConfig:
@@ -58,9 +61,6 @@ def start_weights(path: Path) -> dict[str, torch.Tensor]:
     return merged_weights(CheckpointReader(find_checkpoint(path)))
 
 
-HF_LENGTH = 2048  # default limit of the sequence length for scoring a foreign model
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A causal LM to score text with.
@@ -91,40 +91,31 @@ class LoadedModel:
         """
         trained = _with_saved_template(self.data) if own_tokenizer else self.data
         given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
-        _drop_replaced(given, overrides)
+        if any(name.startswith("data.records") for name in overrides):
+            del given["packing"]
+        kind = overrides.get("data.records.kind")
+        if kind is not None and given["records"] is not None and given["records"]["kind"] != kind:
+            given["records"] = None  # columns and template belong to their kind
+        if overrides.get("data.packing") == "none":
+            del given["document_mask"]
         if validation is not None:
             given["validation"] = validation
         return read_data(given, overrides, SCORING)
-
-
-def _drop_replaced(given: dict[str, Any], overrides: Mapping[str, str]) -> None:
-    """Drops settings that depend on others, if the command line sets these."""
-    if any(name.startswith("data.records") for name in overrides):
-        del given["packing"]
-    kind = overrides.get("data.records.kind")
-    if kind is not None and given["records"] is not None and given["records"]["kind"] != kind:
-        given["records"] = None  # columns and template belong to their kind
-    if overrides.get("data.packing") == "none":
-        del given["document_mask"]
 
 
 def _with_saved_template(data: DataConfig) -> DataConfig:
     """Replaces the training's chat template file by null, since the run's tokenizer holds that template."""
     trained = map(data.records_of, data.train)
     file = next((each.template for each in trained if each is not None and each.is_conversation), None)
-    if file in (None, CHATML):
-        return data
 
-    def own(records: RecordsConfig | None) -> RecordsConfig | None:
-        if records is None or records.template != file:
-            return records
-        return records.model_copy(update={"template": None})
+    def own(reads: T) -> T:
+        records = reads.records
+        if file in (None, CHATML) or records is None or records.template != file:
+            return reads
+        return reads.model_copy(update={"records": records.model_copy(update={"template": None})})
 
-    sets = {
-        name: [source.model_copy(update={"records": own(source.records)}) for source in sources]
-        for name, sources in data.validation.items()
-    }
-    return data.model_copy(update={"records": own(data.records), "validation": sets})
+    sets = {name: list(map(own, sources)) for name, sources in data.validation.items()}
+    return own(data).model_copy(update={"validation": sets})
 
 
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
@@ -137,15 +128,13 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
         length = min(HF_LENGTH, positions_in(model.config) or HF_LENGTH)
         plain = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
         return LoadedModel(model, path, plain, f"{path} ({type(model).__name__})")
-    checkpoint = find_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    data = stored_config(manifest.config, str(checkpoint)).data
+    reader = CheckpointReader(find_checkpoint(path))
     return LoadedModel(
-        merged_model(checkpoint, dtype),
-        checkpoint / TOKENIZER,
-        data,
-        f"{checkpoint} (step {manifest.step})",
-        (checkpoint, manifest.step),
+        merged_model(reader, dtype),
+        reader.folder / TOKENIZER,
+        stored_config(reader.manifest.config, str(reader.folder)).data,
+        f"{reader.folder} (step {reader.manifest.step})",
+        (reader.folder, reader.manifest.step),
         of_run=True,
     )
 
@@ -165,7 +154,7 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
         named = "it names no model" if adapter.base is None else f"its model {adapter.base} is not a folder here"
         raise CheckpointError(f"{path}: an adapter without its model, and {named}; give the model's folder with --base")
     loaded = load_any_model(base or Path(str(adapter.base)), torch.float32)
-    merge_into(loaded.model, adapter, str(base or adapter.base))
+    adapter.merge_into(loaded.model, str(base or adapter.base))
     for parameter in loaded.model.parameters():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
     if (path / GENERATION_CONFIG_NAME).is_file():  # the adapter was trained to stop at other tokens than its base
@@ -176,52 +165,3 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
         description=f"{path} on {loaded.description}",
         checkpoint=None,
     )
-
-
-@torch.no_grad()
-def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> None:
-    """Adds every delta to its weight, in place, and replaces the modules that trained as a whole.
-
-    ``model`` is in float32; errors call it ``named``. Raises :class:`CheckpointError` if the adapter belongs to another
-    model; the model may then be partly changed.
-    """
-    adapter.check_head(model)
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    adapter.check_base(parameters.get, named)
-    for name in adapter.layers:
-        linear = _linear_of(adapter, name, modules.get(name), named)
-        with torch.device("meta"):
-            layer = adapter.layer_on(name, linear)
-        names = [f"{name}.{key}" for key in layer.adapter_names]
-        for key in layer.adapter_names:
-            _check_shape(adapter, f"{name}.{key}", layer.get_parameter(key), named)
-        linear.weight += layer.delta_of(*map(adapter.value, names))
-    for name in adapter.plain():
-        _check_shape(adapter, name, parameters.get(name), named)
-        parameters[name].copy_(adapter.value(name))
-
-
-def _linear_of(adapter: AdapterFolder, name: str, module: torch.nn.Module | None, named: str) -> torch.nn.Linear:
-    """The linear layer of an adapter's layer. Raises :class:`CheckpointError` if ``module`` is not one that it fits."""
-    if not isinstance(module, torch.nn.Linear):
-        raise CheckpointError(
-            f"{adapter.file}: {name} is not a linear layer of {named}; give the model it was trained on"
-        )
-    if not adapter.fits(name, module.in_features, module.out_features):
-        raise CheckpointError(
-            f"{adapter.file}: {name} has an M of size {adapter.layers[name]}, which does not fit its rank and "
-            f"the layer {module.in_features} -> {module.out_features} of {named}; give the model that the "
-            "adapter was trained on"
-        )
-    return module
-
-
-def _check_shape(adapter: AdapterFolder, name: str, expected: torch.Tensor | None, named: str) -> None:
-    shape = None if expected is None else tuple(expected.shape)
-    if adapter.shapes[name] != shape:
-        expected_shape = "nothing of that name" if shape is None else list(shape)
-        raise CheckpointError(
-            f"{adapter.file}: {name} is {list(adapter.shapes[name])}, and {named} has {expected_shape}; "
-            "give the model that the adapter was trained on"
-        )

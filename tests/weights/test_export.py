@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from relora_mora.checkpoint.layout import file_entry
+from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import _name_rope, export, merged_model
@@ -115,7 +116,7 @@ def test_an_export_has_the_logits_of_the_merged_model(
     ids = torch.arange(64, device=device).reshape(2, 32)
     with torch.no_grad():
         assert lm.dtype == dtype
-        assert torch.equal(lm(ids).logits, merged_model(checkpoint, dtype).to(device)(ids).logits)
+        assert torch.equal(lm(ids).logits, merged_model(CheckpointReader(checkpoint), dtype).to(device)(ids).logits)
         if dtype == torch.float32:
             assert torch.equal(lm(ids).logits, copy.deepcopy(model).to(device)(ids).logits)
 
