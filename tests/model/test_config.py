@@ -80,6 +80,8 @@ def test_null_means_what_it_means_in_transformers(path: Path) -> None:
     """Mistral's window is 4096 without the key; null is no window."""
     assert read(path, model_type="mistral", num_key_value_heads=2, sliding_window=None).sliding_window is None
     assert read(path, num_key_value_heads=None).num_key_value_heads == 2
+    qwen = {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": False}
+    assert read(path, **qwen, sliding_window=16).sliding_window is None
 
 
 @each("token", [None, 2, 63])
@@ -115,94 +117,56 @@ def test_keys_without_effect_are_kept_for_the_export_or_left_out(path: Path) -> 
     assert plain_model_config(read(path, **kept, **noise)) == plain_model_config(read(path)) | kept
 
 
-# Llama-3.2-1B-Instruct and Qwen2.5-0.5B, compared with copies of these files that others have uploaded to the hub: the
-# parameters, with tied heads counted once, and the keys of config.json that are not in OF_BOTH
-HUB: list[tuple[int, dict[str, Any]]] = [
-    (
-        1_235_814_400,
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "bos_token_id": 128000,
-            "eos_token_id": [128001, 128008, 128009],
-            "head_dim": 64,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "max_position_embeddings": 131072,
-            "mlp_bias": False,
-            "model_type": "llama",
-            "num_attention_heads": 32,
-            "num_hidden_layers": 16,
-            "num_key_value_heads": 8,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": {
-                "factor": 32.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            },
-            "rope_theta": 500000.0,
-            "vocab_size": 128256,
-        },
-    ),
-    (
-        494_032_768,
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "bos_token_id": 151643,
-            "eos_token_id": 151643,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "max_position_embeddings": 32768,
-            "max_window_layers": 24,
-            "model_type": "qwen2",
-            "num_attention_heads": 14,
-            "num_hidden_layers": 24,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-06,
-            "rope_theta": 1000000.0,
-            "sliding_window": 32768,
-            "use_mrope": False,
-            "use_sliding_window": False,
-            "vocab_size": 151936,
-        },
-    ),
-]
-OF_BOTH = {
+# the config.json of Llama-3.2-1B-Instruct, compared with a copy that others have uploaded to the hub
+HUB: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
     "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
     "hidden_act": "silu",
+    "hidden_size": 2048,
     "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
     "transformers_version": "4.45.0.dev0",
     "use_cache": True,
+    "vocab_size": 128256,
 }
 
 
-@each("parameters,values", HUB)
-def test_a_config_from_the_hub_makes_its_model(tmp_path: Path, parameters: int, values: dict[str, Any]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(OF_BOTH | values))
-    settings = ModelConfig(init_from=str(tmp_path), overrides={"attention_dropout": 0.1})
-    config = model_config_of(settings)
-    assert count_parameters(meta_model(config, MethodConfig(name="full"))).total == parameters
-    assert config.rope_parameters["rope_theta"] == values["rope_theta"]
-    assert config.attention_dropout == 0.1
-    assert getattr(config, "sliding_window", None) is None
+def test_a_config_from_the_hub_makes_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HUB))
+    config = model_config_of(ModelConfig(init_from=str(tmp_path), overrides={"attention_dropout": 0.1}))
+    assert count_parameters(meta_model(config, MethodConfig(name="full"))).total == 1_235_814_400
+    assert config.rope_parameters == HUB["rope_scaling"] | {"rope_theta": 500000.0}
     kept = plain_model_config(config)
-    same = {key: value for key, value in values.items() if key in kept and key != "sliding_window"}
-    assert {key: kept[key] for key in same} == same
+    assert kept == kept | {key: HUB[key] for key in HUB if key in kept} | {"attention_dropout": 0.1, "use_cache": False}
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
-MISTRAL, QWEN2, QWEN3 = ({"model_type": kind, "num_key_value_heads": 1} for kind in ("mistral", "qwen2", "qwen3"))
-FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, overrides)
     ("hiden_size LlamaConfig", {"hiden_size": 24}),
-    ("logit_scale Qwen3Config", {**QWEN3, "logit_scale": 2.0}),
-    ("model_type gtp2", {"model_type": "gtp2"}),
+    ("logit_scale Qwen3Config", {"model_type": "qwen3", "logit_scale": 2.0}),
     # rotary embeddings
     ("rope_theta 10000.0 500.0", {"rope_theta": 500.0, "rope_parameters": rope("default")}),
     (
@@ -210,11 +174,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
         {"rope_parameters": rope("default"), "rope_scaling": {"type": "linear", "factor": 2.0}},
     ),
     ("rope_type mrope", {"rope_parameters": rope("mrope")}),
-    ("rope_parameters linear", {"rope_parameters": "linear"}),
-    ("factor linear", {"rope_parameters": {"rope_type": "linear"}}),
     ("factor '2'", {"rope_parameters": rope("linear", factor="2")}),
     ("rope_theta -5", {"rope_parameters": rope("default", -5)}),
-    ("LlamaConfig rope_parameters", {"rope_parameters": rope("yarn", 1, factor=2)}),
     (
         "original_max_position_embeddings 16 8",
         {
@@ -222,26 +183,19 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
             "original_max_position_embeddings": 16,
         },
     ),
-    ("partial_rotary_factor LlamaConfig", {"partial_rotary_factor": 0.5}),
     # numbers
-    ("max_sequence_length LlamaConfig", {"max_sequence_length": 32}),
     ("Padding_idx num_embeddings", {"pad_token_id": 99999}),
     ("attention_dropout 5", {"attention_dropout": 5}),
     ("head_dim 3", {"hidden_size": 24, "num_attention_heads": 8}),
-    ("head_dim None", {**QWEN3, "head_dim": None}),
     ("hidden size attention heads", {"num_attention_heads": 5, "num_key_value_heads": 5}),
     ("num_key_value_heads 3", {"num_key_value_heads": 3}),
     ("num_attention_heads 2.0", {"num_attention_heads": 2.0}),
     ("vocab_size 0", {"vocab_size": 0}),
     ("allocate memory", {"hidden_size": 2**20, "intermediate_size": 2**24}),
-    ("num_hidden_layers 1000000 4096", {"num_hidden_layers": 10**6}),
     # what this kind of model or this trainer does not have
     ("is_encoder_decoder True", {"is_encoder_decoder": True}),
     ("attn_implementation model.attention", {"attn_implementation": "eager"}),
-    ("quantization_config", {"quantization_config": {"bits": 4}}),
     ("sliding_window LlamaConfig", {"sliding_window": 16}),
-    ("attention_bias MistralConfig", {**MISTRAL, "attention_bias": True}),
-    ("layer_types num_hidden_layers", {**QWEN2, "layer_types": [FULL] * 5}),
 ]
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaForCausalLM
 
 from relora_mora.adapters.inject import inject
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import build_model, empty_model, initial_values, put_values
 from tests.tools.each import each
-from tests.tools.tiny import batch, tiny_llama
-
-SIZES = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 256}
+from tests.tools.tiny import tiny_llama
 
 
 def test_a_weight_depends_on_nothing_but_seed_name_and_shape():
@@ -28,23 +25,15 @@ def test_a_weight_depends_on_nothing_but_seed_name_and_shape():
 
 
 @each("tied", [False, True])
-def test_an_empty_model_is_complete_after_its_values_are_filled_in(tied):
+def test_values_are_filled_in_next_to_adapters(tied):
     model_config = tiny_llama(tie_word_embeddings=tied)
-    model = build_model(model_config, seed=1)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    plain = LlamaForCausalLM._from_config(model_config, attn_implementation="sdpa", dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(model(batch(0)[0]).logits, plain(batch(0)[0]).logits)  # rotary frequencies, too
-
-
-def test_values_are_filled_in_next_to_adapters():
-    lm = empty_model(tiny_llama())
+    lm = empty_model(model_config)
     inject(lm, MethodConfig(name="remora", rank=3), seed=0)
     empty = [name for name, p in lm.named_parameters() if p.is_meta]
-    assert not any("mora" in name for name in empty)
     put_values(lm, initial_values(empty_model(lm.config), empty, 5))
-    plain = dict(build_model(tiny_llama(), seed=5).named_parameters())
+    assert not any(tensor.is_meta for tensor in [*lm.parameters(), *lm.buffers()])
+    assert (lm.lm_head.weight is lm.model.embed_tokens.weight) == tied
+    plain = dict(build_model(model_config, seed=5).named_parameters())
     assert set(empty) == set(plain)
     for name, value in plain.items():
         assert torch.equal(lm.get_parameter(name), value)
