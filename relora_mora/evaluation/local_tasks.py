@@ -83,30 +83,21 @@ def _value(text: str) -> Decimal | None:
 
 
 class LocalTask(NamedTuple):
-    """The type of each key of a row, whether a row can be scored, and how a generated answer is scored, if one is."""
+    """The texts in a row, whether a row can be scored, and how a generated answer is scored."""
 
-    keys: dict[str, type]
+    keys: tuple[str, ...]
     fits: Callable[[Row], bool]
-    scores: Callable[[Row, list[str]], Scores] | None = None
+    scores: Callable[[Row, list[str]], Scores]
 
 
-LOCAL_TASKS: dict[str, LocalTask] = {
+LOCAL_TASKS = {
     "local_gsm8k": LocalTask(
-        {"question": str, "answer": str},
-        lambda row: _NUMBER.fullmatch(_after_mark(row["answer"])) is not None,
-        gsm8k_scores,
-    ),
-    "local_medqa": LocalTask(
-        {"question": str, "options": dict, "answer_idx": str}, lambda row: row["answer_idx"] in row["options"]
+        ("question", "answer"), lambda row: _NUMBER.fullmatch(_after_mark(row["answer"])) is not None, gsm8k_scores
     ),
     "local_metamath": LocalTask(
-        {"question": str, "answer": str}, lambda row: "The answer is" not in _after_mark(row["answer"]), metamath_scores
+        ("question", "answer"), lambda row: "The answer is" not in _after_mark(row["answer"]), metamath_scores
     ),
-    "local_pubmedqa": LocalTask(
-        {"QUESTION": str, "CONTEXTS": list, "final_decision": str},
-        lambda row: row["final_decision"] in ("yes", "no", "maybe"),
-    ),
-    "local_uuid": LocalTask({"prompt": str, "completion": str}, lambda row: "\n" not in row["completion"], pair_scores),
+    "local_uuid": LocalTask(("prompt", "completion"), lambda row: "\n" not in row["completion"], pair_scores),
 }
 
 
@@ -129,7 +120,7 @@ def local_rows(name: str, data: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            wrong = [key for key, kind in keys.items() if not row.get(key) or not isinstance(row[key], kind)]
+            wrong = [key for key in keys if not isinstance(row.get(key), str) or not row[key]]
             fault = f"no usable {' and no '.join(wrong)}" if wrong else None if fits(row) else "an unusable answer"
         except (ValueError, AttributeError) as error:
             fault = f"not a JSON object ({error})"
@@ -153,10 +144,8 @@ def local_task(name: str, data: str, tokens_of: Callable[[str], list[str]], limi
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows = local_rows(name, data)
     settings["custom_dataset"] = lambda **_: DatasetDict({"test": Dataset.from_list(rows)})
-    scores = LOCAL_TASKS[name].scores
-    if scores is not None:
-        settings["process_results"] = scores
-        answers = [settings.get("target_delimiter", " ") + row[settings["doc_to_target"]] for row in rows[:limit]]
-        generation = settings["generation_kwargs"]
-        generation["max_gen_toks"] = max(generation["max_gen_toks"], *(len(tokens_of(answer)) for answer in answers))
+    settings["process_results"] = LOCAL_TASKS[name].scores
+    answers = [settings.get("target_delimiter", " ") + row[settings["doc_to_target"]] for row in rows[:limit]]
+    generation = settings["generation_kwargs"]
+    generation["max_gen_toks"] = max(generation["max_gen_toks"], *(len(tokens_of(answer)) for answer in answers))
     return settings

@@ -57,10 +57,6 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
         ("local_gsm8k", {"answer": "The answer is 10 apples.\n#### 10"}, None),
         ("local_metamath", {"answer": "The answer is: 4"}, "line 2: an unusable answer"),
         ("local_metamath", {"answer": "The answer is 5*2 = 10 apples.\n#### 10"}, None),
-        ("local_medqa", {"options": ["a", "b"]}, "line 2: no usable options"),
-        ("local_medqa", {"answer_idx": "Z"}, "line 2: an unusable answer"),
-        ("local_pubmedqa", {"final_decision": "Yes"}, "line 2: an unusable answer"),
-        ("local_pubmedqa", {"CONTEXTS": "One."}, "line 2: no usable CONTEXTS"),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_named(tmp_path, name, second, message):
