@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config.data import RecordsConfig
@@ -17,14 +17,16 @@ from relora_mora.data.records.passages import passage_of
 from relora_mora.data.shard import Record, RecordFormat
 from relora_mora.evaluation.harness import TaskSettings, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
+from relora_mora.evaluation.score import ready_to_generate
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
+from relora_mora.weights.load import load_model
 from tests.evaluation.tools import CHOICES, QUESTIONS, own_task
+from tests.tools.adapter_tools import write_adapter_folder
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, call, refused
-from tests.tools.data_tools import write_json_lines
-from tests.tools.runs import checkpoint_at
+from tests.tools.runs import LLAMA, checkpoint_at
 from tests.tools.shared import needs_lm_eval
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
@@ -117,38 +119,19 @@ def test_a_tokenizer_or_task_that_does_not_fit_the_model_is_refused(model, data,
     refused(call(EVALUATE, tmp_path / "none", "--tasks=local_uuid", "--task_data=nowhere"), "nowhere cannot be read")
 
 
-@needs_lm_eval
-def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
-    """Its answers end with the tokenizer's EOS, 256, even if the model's config names another token, here 2."""
-    save_bytes_tokenizer(tmp_path / "tokenizer")
-    tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    sizes = {"hidden_size": 272, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=512, eos_token_id=2, **sizes))
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            parameter.fill_(1.0 if "norm" in name else 0.0)
-        lm.model.embed_tokens.weight[:, :257] = torch.eye(257)
-        for before, after in ("ab", "cd", "de", "ef", "fg", "zz"):  # after each token comes one other
-            lm.lm_head.weight[tokenizer(after).input_ids[0], tokenizer(before).input_ids[0]] = 1.0
-        for last in "bg":
-            lm.lm_head.weight[256, tokenizer(last).input_ids[0]] = 1.0
-        lm.lm_head.weight[tokenizer("z").input_ids[0], 256] = 1.0
-    pairs = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "defg"}]
-    write_json_lines(tmp_path / "uuid.jsonl", pairs)
-    checkpoint = write_checkpoint(checkpoint_at(tmp_path / "run", 5), lm, tmp_path / "tokenizer")
+def test_a_run_and_an_adapter_on_it_end_answers_as_their_exports(tmp_path, tokenizer_path):
+    """With the tokenizer's EOS, even if the model's config names another token."""
+    lm = LlamaForCausalLM(LlamaConfig(**LLAMA | {"eos_token_id": 7}))
+    checkpoint = write_checkpoint(checkpoint_at(tmp_path / "run", 5), lm, tokenizer_path)
     export(checkpoint, tmp_path / "export")
-    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        json.dumps(adapter | {"base_model_name_or_path": str(checkpoint)})
-    )
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{name}.lora_A.weight": torch.zeros(2, 272), f"{name}.lora_B.weight": torch.zeros(272, 2)}
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    for given in (checkpoint, tmp_path / "export", tmp_path / "adapter"):
-        answer = call(EVALUATE, given, "--tasks=local_uuid", f"--task_data={tmp_path}")
-        found = json.loads(answer.out.splitlines()[-1])["tasks"]["local_uuid"]
-        assert found["exact_match"] == 1.0, given
+    factors = {"A": torch.zeros(2, 24), "B": torch.zeros(24, 2)}
+    adapter = write_adapter_folder(tmp_path / "adapter", {"base_model_name_or_path": str(checkpoint)}, **factors)
+    file = adapter / "adapter_model.safetensors"
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({name.replace("base_model.model.model.q", layer): x for name, x in load_file(file).items()}, file)
+    for given in (checkpoint, tmp_path / "export", adapter):
+        ready, tokenizer = ready_to_generate(load_model(given, torch.float32), str(given))
+        assert ready.generation_config.eos_token_id == tokenizer.eos_token_id != 7
 
 
 def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
