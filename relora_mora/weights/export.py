@@ -42,7 +42,7 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     """
     manifest = reader.manifest
     config = stored_config(manifest.config, str(reader.folder))
-    skeleton = _empty_model(reader)
+    skeleton = model_without_values(reader)
     if config.method.uses_adapters:
         with torch.device("meta"):
             inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
@@ -76,13 +76,13 @@ def merged_model(reader: CheckpointReader, dtype: torch.dtype = torch.float32) -
 
     Raises :class:`CheckpointError` for weights that are too large for ``dtype``.
     """
-    model = _empty_model(reader)
+    model = model_without_values(reader)
     put_values(model, _cast(merged_weights(reader), dtype, reader.folder))
     model.config.dtype = dtype
     return model.eval()
 
 
-def _empty_model(reader: CheckpointReader) -> PreTrainedModel:
+def model_without_values(reader: CheckpointReader) -> PreTrainedModel:
     """The plain model of a checkpoint without values; raises :class:`CheckpointError` if its config is unusable."""
     try:
         return empty_model(stored_model_config(reader.manifest.model_config))
@@ -220,7 +220,7 @@ def export(
         tokenizer = load_tokenizer(checkpoint / TOKENIZER)
         reader = CheckpointReader(checkpoint)
         run = RunFolder.of(checkpoint)
-        generation = generation_config(tokenizer, _empty_model(reader).config, run)
+        generation = generation_config(tokenizer, model_without_values(reader).config, run)
         before_merge()
         if form == "merged":
             model = merged_model(reader, dtype)

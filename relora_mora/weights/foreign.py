@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
@@ -49,6 +49,16 @@ def foreign_config(path: Path) -> PreTrainedConfig:
     generation = path / "generation_config.json"
     ends = read_json(generation, "model.init_from").get("eos_token_id") if generation.exists() else None
     return parse_model_config(values | ({"eos_token_id": ends} if isinstance(ends, list) else {}), str(file))
+
+
+def any_config(path: Path) -> PreTrainedConfig:
+    """The config of any model in a Hugging Face folder, as transformers reads it; raises :class:`CheckpointError`."""
+    try:
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly any kind
+        raise CheckpointError(f"{path}: transformers cannot read its config: {' '.join(str(error).split())}") from error
+    return config
 
 
 def load_foreign(path: Path, dtype: torch.dtype, *, whole: bool = False) -> PreTrainedModel:

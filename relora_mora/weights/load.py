@@ -1,7 +1,8 @@
 """Loads trained models: the one that a run starts from, one to score text with, and a base with an adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,8 @@ from relora_mora.config.schema import ModelConfig
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
-from relora_mora.weights.export import merged_model, merged_weights
-from relora_mora.weights.foreign import foreign_config, is_foreign, load_foreign, positions_in
+from relora_mora.weights.export import merged_model, merged_weights, model_without_values
+from relora_mora.weights.foreign import any_config, foreign_config, is_foreign, load_foreign, positions_in
 from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 T = TypeVar("T", DataConfig, TextSource)
@@ -62,15 +63,16 @@ def start_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A causal LM to score text with.
+class ModelSource:
+    """A causal LM to score text with; ``read(dtype)`` reads its weights.
 
     ``tokenizer`` is the tokenizer's folder; ``data`` says how the training text was read.
     ``checkpoint`` is the checkpoint of this trainer that the weights are from, and its step. ``of_run`` is also true
     for an adapter on such weights; the model's config may then name other special tokens than the tokenizer.
     """
 
-    model: PreTrainedModel
+    read: Callable[[torch.dtype], PreTrainedModel]
+    config: PreTrainedConfig
     tokenizer: Path
     data: DataConfig
     description: str
@@ -118,50 +120,54 @@ def _with_saved_template(data: DataConfig) -> DataConfig:
     return own(data).model_copy(update={"validation": sets})
 
 
-def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
-    """The model of a checkpoint, run folder or Hugging Face folder, without downloads and without running its code.
+def find_model(path: Path, base: Path | None = None) -> ModelSource:
+    """The model of a checkpoint, run, Hugging Face folder or adapter without its model.
 
-    Raises :class:`CheckpointError` for anything else.
+    Nothing is downloaded, and no code of a folder is run. ``base`` is the model that an adapter was trained on; the
+    default is the one that its config names. Raises :class:`CheckpointError` for anything else, also while the weights
+    are read.
     """
+    if not is_adapter(path):
+        if base is not None:
+            raise CheckpointError(f"--base: {path} is not an adapter without its model; omit --base")
+        return _whole_model(path)
+    adapter = AdapterFolder(path)
+    if base is None and (adapter.base is None or not Path(adapter.base).is_dir()):
+        named = "it names no model" if adapter.base is None else f"its model {adapter.base} is not a folder here"
+        raise CheckpointError(f"{path}: an adapter without its model, and {named}; give the model's folder with --base")
+    of_base = _whole_model(base or Path(str(adapter.base)))
+
+    def read(dtype: torch.dtype) -> PreTrainedModel:
+        lm = of_base.read(torch.float32)
+        adapter.merge_into(lm, str(base or adapter.base))
+        for parameter in lm.parameters():  # not the buffers: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
+        if (path / GENERATION_CONFIG_NAME).is_file():  # the adapter was trained to stop at other tokens than its base
+            lm.generation_config = GenerationConfig.from_pretrained(path)
+        return lm
+
+    return replace(
+        of_base,
+        read=read,
+        tokenizer=path if has_tokenizer(path) else of_base.tokenizer,
+        description=f"{path} on {of_base.description}",
+        checkpoint=None,
+    )
+
+
+def _whole_model(path: Path) -> ModelSource:
     if is_foreign(path):
-        model = load_foreign(path, dtype)
-        length = min(HF_LENGTH, positions_in(model.config) or HF_LENGTH)
-        plain = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
-        return LoadedModel(model, path, plain, f"{path} ({type(model).__name__})")
+        config = any_config(path)
+        length = min(HF_LENGTH, positions_in(config) or HF_LENGTH)
+        data = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
+        return ModelSource(partial(load_foreign, path), config, path, data, f"{path} ({config.model_type})")
     reader = CheckpointReader(find_checkpoint(path))
-    return LoadedModel(
-        merged_model(reader, dtype),
+    return ModelSource(
+        partial(merged_model, reader),
+        model_without_values(reader).config,
         reader.folder / TOKENIZER,
         stored_config(reader.manifest.config, str(reader.folder)).data,
         f"{reader.folder} (step {reader.manifest.step})",
         (reader.folder, reader.manifest.step),
         of_run=True,
-    )
-
-
-def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> LoadedModel:
-    """The model of a checkpoint, run, Hugging Face folder or adapter without its model; see :func:`load_any_model`.
-
-    ``base`` is the model that an adapter was trained on; the default is the one that its config names. Raises
-    :class:`CheckpointError` if the base is not found or does not fit.
-    """
-    if not is_adapter(path):
-        if base is not None:
-            raise CheckpointError(f"--base: {path} is not an adapter without its model; omit --base")
-        return load_any_model(path, dtype)
-    adapter = AdapterFolder(path)
-    if base is None and (adapter.base is None or not Path(adapter.base).is_dir()):
-        named = "it names no model" if adapter.base is None else f"its model {adapter.base} is not a folder here"
-        raise CheckpointError(f"{path}: an adapter without its model, and {named}; give the model's folder with --base")
-    loaded = load_any_model(base or Path(str(adapter.base)), torch.float32)
-    adapter.merge_into(loaded.model, str(base or adapter.base))
-    for parameter in loaded.model.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
-    if (path / GENERATION_CONFIG_NAME).is_file():  # the adapter was trained to stop at other tokens than its base
-        loaded.model.generation_config = GenerationConfig.from_pretrained(path)
-    return replace(
-        loaded,
-        tokenizer=path if has_tokenizer(path) else loaded.tokenizer,
-        description=f"{path} on {loaded.description}",
-        checkpoint=None,
     )

@@ -21,7 +21,7 @@ from relora_mora.evaluation.score import ready_to_generate
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
-from relora_mora.weights.load import load_model
+from relora_mora.weights.load import find_model
 from tests.evaluation.tools import CHOICES, QUESTIONS, own_task
 from tests.tools.adapter_tools import write_adapter_folder
 from tests.tools.checkpoints import write_checkpoint
@@ -130,7 +130,7 @@ def test_a_run_and_an_adapter_on_it_end_answers_as_their_exports(tmp_path, token
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
     save_file({name.replace("base_model.model.model.q", layer): x for name, x in load_file(file).items()}, file)
     for given in (checkpoint, tmp_path / "export", adapter):
-        ready, tokenizer = ready_to_generate(load_model(given, torch.float32), str(given))
+        ready, tokenizer = ready_to_generate(find_model(given), torch.float32)
         assert ready.generation_config.eos_token_id == tokenizer.eos_token_id != 7
 
 
