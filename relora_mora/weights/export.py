@@ -152,7 +152,7 @@ def _check_exportable(reader: CheckpointReader, config: Config, lm: PreTrainedMo
         (not method.uses_adapters, f"{method.name} trains without adapters"),
         (
             config.model.init_from is None or began == "no model.init_from",
-            "it has no model.init_from, so there is no base model for its adapter",
+            "it began with no model.init_from, so there is no base model for its adapter",
         ),
         (manifest.merges_done, f"{counted(manifest.merges_done, 'merge')} changed the base weights of its adapter"),
         (config.model.new_tokens, "it added rows for new tokens, so its model is not model.init_from plus an adapter"),

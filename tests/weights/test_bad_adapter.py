@@ -78,7 +78,7 @@ def test_unreadable_files_give_one_message(tmp_path, harm):
     ("form", "method", "changes", "says"),
     [
         ("peft", {"name": "full"}, {}, "full trains without adapters"),
-        ("peft", METHODS["lora"] | ADAPTERS_ONLY, {"model": {}}, "has no model.init_from, so there is no base model"),
+        ("peft", METHODS["lora"] | ADAPTERS_ONLY, {"model": {}}, "with no model.init_from, so there is no base model"),
         ("peft", METHODS["mora1"] | ADAPTERS_ONLY, {"merges_done": 1}, "1 merge changed the base weights"),
         ("peft-mora", METHODS["lora"] | ADAPTERS_ONLY, {}, "not known to the released MoRA"),
         ("peft", METHODS["lora"], {"attention_bias": True}, "biases of layers with adapters were trained"),
