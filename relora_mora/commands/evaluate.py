@@ -71,16 +71,15 @@ def main(
         reason = "only used with --tasks" if tasks is None else "only used for text, and --tasks scores no text"
         raise ValueError(f"--{unused[0]}: {reason}; leave it out")
     sources = None if data is None else parse_typed(data, "--data")
-    # parts of data.records may override the run's own settings, which are not known before the run is read
+    # mistakes are reported at once; parts of data.records may override the run's own settings, which are not known yet
     early = {name: value for name, value in overrides.items() if not name.startswith("data.records.")}
-    text = read_data({"train": "none", "validation": "none" if sources is None else sources}, early, SCORING)
+    read_data({"train": "none", "validation": "none" if sources is None else sources}, early, SCORING)
     with many_imports():  # takes seconds, so arguments are checked first
         import torch
 
         from relora_mora.evaluation.harness import Tasks, TaskSettings, check_tasks, record, table
         from relora_mora.evaluation.loss import EvalResult, held_out
         from relora_mora.evaluation.score import (
-            check_files,
             on_device,
             ready_to_generate,
             score_sets,
@@ -90,9 +89,8 @@ def main(
         from relora_mora.model.config import check_length
         from relora_mora.model.guard import compared_by_tests, examine
         from relora_mora.system.logs import counted
-        from relora_mora.tokenizer.load import load_tokenizer
         from relora_mora.weights.foreign import is_foreign, positions_in
-        from relora_mora.weights.load import load_model
+        from relora_mora.weights.load import find_model
         from relora_mora.weights.peft import is_adapter
 
     if tasks is not None:
@@ -100,37 +98,32 @@ def main(
         check_tasks(to_score)
     elif sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is not a run and names no text; give text to score, e.g. allenai/c4")
-    # missing files are reported before a large model is read
-    if tokenizer is not None:
-        load_tokenizer(tokenizer)
-    if sources is not None:
-        check_files(text)
-    with Bar("loading the model"):
-        loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
+    source = find_model(Path(model), None if base is None else Path(base))
+    dtype = getattr(torch, precision)
     if tasks is not None:
-        lm, own_tokenizer = ready_to_generate(loaded, model, tokenizer)
+        lm, own_tokenizer = ready_to_generate(source, dtype, tokenizer)
         scorer = Tasks(to_score, own_tokenizer, positions_in(lm.config))
         scores = scorer.score(lm, own_tokenizer, batch_size=micro_batch_size)
-        print(f"{loaded.description}\n{table(scores)}", file=sys.stderr)
+        print(f"{source.description}\n{table(scores)}", file=sys.stderr)
         print(json.dumps({"tasks": scores}), flush=True)
-        if loaded.checkpoint is not None and loaded.run is not None and loaded.run.config.is_file():
-            record(loaded.run.path, loaded.checkpoint[1], scores, to_score)
+        if source.checkpoint is not None and source.run is not None and source.run.config.is_file():
+            record(source.run.path, source.checkpoint[1], scores, to_score)
         return
-    settings = loaded.data_settings(sources, overrides, own_tokenizer=tokenizer is None)
+    settings = source.data_settings(sources, overrides, own_tokenizer=tokenizer is None)
     masked = settings.masks_documents_of(settings.sources("validation"))
     if "data.document_mask" in overrides and masked and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
-    text_config = loaded.model.config.get_text_config()
+    text_config = source.config.get_text_config()
     check_length(text_config, settings.sequence_length, model, separate_documents=masked)
     if masked and not compared_by_tests(text_config):
         examine(text_config, attention="auto", documents=True)
     with Bar("reading the text"):
-        sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
-    lm = on_device(loaded, model)
+        sets = held_out(settings, str(tokenizer_of(source, tokenizer)), max_tokens)
+    lm = on_device(source, dtype)
     tokens = sum(each.predicted for each in sets.values())
     documents = counted(sum(each.documents for each in sets.values()), "document")
     print(
-        f"{loaded.description}: {tokens:,} tokens of {documents} in sequences of {settings.sequence_length}"
+        f"{source.description}: {tokens:,} tokens of {documents} in sequences of {settings.sequence_length}"
         f"{', each document by itself' if masked else ''}",
         file=sys.stderr,
     )

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from relora_mora.cli.arguments import PositiveInt, Precision
 from relora_mora.system.bars import Bar
@@ -44,26 +44,22 @@ def main(
 
         from relora_mora.weights.card import gguf_command
         from relora_mora.weights.export import export
-        from relora_mora.weights.push import HubModel
+        from relora_mora.weights.push import open_repository, upload
 
-    hub: list[HubModel] = []
+    hub: Any = None
 
     def check_hub() -> None:
+        nonlocal hub
         if push is not None:
-            hub.append(HubModel(push, private=private))
+            hub = open_repository(push, private=private)
 
+    kind = getattr(torch, dtype)
     with Bar("exporting"):
         exported = export(
-            Path(checkpoint),
-            Path(out),
-            getattr(torch, dtype),
-            format,
-            shard_gb=shard_gb,
-            title=push,
-            before_merge=check_hub,
+            Path(checkpoint), Path(out), kind, format, shard_gb=shard_gb, title=push, before_merge=check_hub
         )
     print(f"exported {exported} to {out} ({format}, {dtype})")
     if format == "merged":
         print(f"as GGUF, if llama.cpp has this family: {gguf_command(out, dtype)}")
-    for model in hub:
-        print(f"uploaded to {model.upload(Path(out), f'Export {exported.name}')}")
+    if push is not None:
+        print(f"uploaded to {upload(hub, push, Path(out), f'Export {exported.name}')}")

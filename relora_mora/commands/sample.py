@@ -49,10 +49,10 @@ def main(
         from relora_mora.evaluation.score import ready_to_generate
         from relora_mora.tokenizer.load import quiet_transformers
         from relora_mora.weights.foreign import positions_in
-        from relora_mora.weights.load import load_model
+        from relora_mora.weights.load import find_model
 
-    loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
-    lm, tokenizer = ready_to_generate(loaded, model)
+    source = find_model(Path(model), None if base is None else Path(base))
+    lm, tokenizer = ready_to_generate(source, getattr(torch, precision))
     prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(lm.device)
     length = prompt.input_ids.shape[1]
     positions = positions_in(lm.config) or length + max_new_tokens

@@ -6,9 +6,8 @@ import importlib.util
 import json
 import logging
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.evaluation.generation import attention_with_a_mask
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
 from relora_mora.system.bars import is_watched
-from relora_mora.system.files import append_synced, disk_faults_named, without_disk_errors
+from relora_mora.system.files import append_synced
 from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.foreign import positions_in
@@ -32,6 +31,7 @@ from relora_mora.weights.foreign import positions_in
 Results = dict[str, dict[str, float]]  # by task and metric
 SEED = 1234  # of lm-eval
 ANSWER_TOKENS = 256  # default of lm-eval's HFLM for a task without a limit
+LOGGERS = ("lm_eval", "accelerate", "datasets", "huggingface_hub")
 
 
 @dataclass(frozen=True)
@@ -70,31 +70,21 @@ class Ranks:
     any_runs: Callable[[bool], bool] = lambda running: running
 
 
-ALONE = Ranks()
-
-
 def check_tasks(settings: TaskSettings) -> None:
-    """Raises :class:`HarnessError` if lm-eval is not installed, a local task cannot use its rows, or no task uses
-    ``task_data``."""
-    at = settings.at
-    data = settings.task_data
-    num_fewshot = settings.num_fewshot
-    local = set(settings.tasks) & set(LOCAL_TASKS)
+    """Raises :class:`HarnessError` if lm-eval is not installed, or ``task_data`` does not have the rows of local
+    tasks."""
+    at, data, shots = settings.at, settings.task_data, settings.num_fewshot
+    local = [name for name in settings.tasks if name in LOCAL_TASKS]
     if data is not None and not local:
-        raise HarnessError(
-            f"{at}task_data: {', '.join(settings.tasks)} has no local task ({', '.join(LOCAL_TASKS)}); leave it out"
-        )
+        raise HarnessError(f"{at}task_data: only local tasks use it ({', '.join(LOCAL_TASKS)}); leave it out")
     if importlib.util.find_spec("lm_eval") is None:
         raise HarnessError(f"{at}tasks: lm-evaluation-harness is not installed; run pip install 'relora_mora[eval]'")
     for name in local:
         if data is None:
             raise HarnessError(f"{name}: needs {at}task_data: give its file of rows, or the folder of that file")
-        rows = local_rows(name, data)
-        if num_fewshot is not None and len(rows) <= num_fewshot:
-            raise HarnessError(
-                f"{at}num_fewshot: got {num_fewshot}, and {name} has {counted(len(rows), 'row')} including the one "
-                "that is asked; give fewer, or more rows"
-            )
+        rows = len(local_rows(name, data))
+        if shots is not None and rows <= shots:
+            raise HarnessError(f"{at}num_fewshot: {shots}, but {name} has only {rows - 1} further rows; give fewer")
 
 
 class Tasks:
@@ -106,48 +96,51 @@ class Tasks:
     def __init__(self, settings: TaskSettings, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
         check_tasks(settings)
         self.settings = settings
-
-        def loadable(name: str) -> Any:
-            """What lm-eval loads: the settings of a local task, or the name of one of its own."""
-            if name not in LOCAL_TASKS:
-                return name
-            return local_task(name, settings.task_data or "", tokenizer.tokenize, settings.limit)
-
-        names = settings.tasks
+        data, limit = settings.task_data or "", settings.limit
         with _quiet():
-            self._manager = _manager(include_defaults=not set(names) <= set(LOCAL_TASKS))
-            known = {*LOCAL_TASKS, *self._manager.all_tasks}
-            unknown = [name for name in names if name not in known and not _is_task_file(name)]
+            self._manager = _manager(include_defaults=not set(settings.tasks) <= set(LOCAL_TASKS))
+            named = {*LOCAL_TASKS, *self._manager.all_tasks}
+            unknown = [name for name in settings.tasks if name not in named and not Path(name).is_file()]
             if unknown:
                 raise HarnessError(
                     f"{settings.at}tasks: lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists its "
                     f"tasks, the local ones are {', '.join(LOCAL_TASKS)}, and a task of your own is a YAML file"
                 )
-            self._tasks = _load_tasks(self._manager, {name: loadable(name) for name in names})
-        _check_answers_fit(self._tasks, positions)
-        for task in _leaves(self._tasks):  # as simple_evaluate of lm-eval does
-            own = task.config.num_fewshot
+            self._loaded: dict[str, Any] = {}  # tasks, groups and group_map
+            for name in settings.tasks:
+                spec = local_task(name, data, tokenizer.tokenize, limit) if name in LOCAL_TASKS else name
+                try:
+                    for kind, items in self._manager.load([spec]).items():
+                        self._loaded.setdefault(kind, {}).update(items)
+                except Exception as error:  # hubs, files and datasets raise nearly any kind
+                    reason = " ".join(str(error).split())
+                    raise HarnessError(f"{name}: cannot be loaded ({reason:.200})") from error
+        for task in self._loaded["tasks"].values():
+            _check_answers_fit(task.config, positions)
+            own = task.config.num_fewshot  # from here as simple_evaluate of lm-eval does
             if own != 0:
                 task.set_config("num_fewshot", own or 0 if settings.num_fewshot is None else settings.num_fewshot)
             task.set_fewshot_seed(seed=SEED)
 
     @property
     def larger_is_better(self) -> dict[str, bool]:
-        """The metrics that :meth:`score` reports, as TASK/METRIC."""
+        """The metrics that :meth:`score` reports, as TASK/METRIC; of groups, those of which they have a total."""
         found: dict[str, bool] = {}
-        for item in self._tasks:
-            groups = [item, *item.get_all_groups()] if _is_group(item) else []
-            for task in _leaves([item]):
-                filters = [each["name"] for each in task.config.filter_list or [{"name": "none"}]]
-                for metric, larger in task.higher_is_better().items():
-                    totals = [group.name for group in groups if _adds_up(group, task, metric)]
-                    names = [f"{name}/{_named(metric, each)}" for name in (task.task_name, *totals) for each in filters]
-                    found |= dict.fromkeys(names, bool(larger))
+        for name, task in self._loaded["tasks"].items():
+            filters = [each["name"] for each in task.config.filter_list or [{"name": "none"}]]
+            for metric, larger in task.higher_is_better().items():
+                totals = [
+                    group.name
+                    for group in self._loaded["groups"].values()
+                    if name in [each.task_name for each in group.get_all_tasks()]
+                    if metric in [each.metric for each in group.aggregate_metric_list or ()]
+                ]
+                found |= {f"{of}/{_named(metric, each)}": bool(larger) for of in (name, *totals) for each in filters}
         return found
 
     @torch.no_grad()
     def score(
-        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, ranks: Ranks = ALONE
+        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, ranks: Ranks | None = None
     ) -> Results:
         """Scores a model, on its device, and returns the same results on all ranks; a collective.
 
@@ -173,17 +166,15 @@ class Tasks:
                 prefix_token_id=None if own_prefix(tokenizer) else tokenizer.eos_token_id,
             )
             for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-                setattr(model, kind, _shared(getattr(model, kind), lm, ranks))
+                setattr(model, kind, _shared(getattr(model, kind), lm, ranks or Ranks()))
             # simple_evaluate would also describe the machine, which takes seconds
-            results = evaluate(
-                model, self._manager.load(self._tasks), self.settings.limit, bootstrap_iters=0, log_samples=False
-            )
+            results = evaluate(model, self._loaded, self.settings.limit, bootstrap_iters=0, log_samples=False)
         if cuts:
             log.warning(
-                "prompts were too long for the model's %s positions and lost their beginning (%s); give %s",
+                "prompts were too long for the model's %s positions and lost their beginning (%s); give shorter rows, "
+                "fewer few-shot rows, or a model with more positions",
                 positions,
                 counted(len(cuts), "time"),
-                "fewer few-shot rows" if self.settings.num_fewshot else "a model with more positions, or shorter rows",
             )
         return {name: _numbers(values) for name, values in {**results["results"], **results.get("groups", {})}.items()}
 
@@ -220,24 +211,6 @@ def _shared(answer: Callable[[Any], list[Any]], lm: PreTrainedModel, ranks: Rank
     return answers_of_all
 
 
-def _is_task_file(name: str) -> bool:
-    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
-
-
-def _is_group(item: Any) -> bool:
-    return hasattr(item, "get_all_tasks")
-
-
-def _leaves(items: Sequence[Any]) -> list[Any]:
-    """The tasks in tasks and groups."""
-    return [task for item in items for task in (item.get_all_tasks() if _is_group(item) else [item])]
-
-
-def _adds_up(group: Any, task: Any, metric: str) -> bool:
-    """Whether a group has a total of this metric of this task."""
-    return task in group.get_all_tasks() and any(each.metric == metric for each in group.aggregate_metric_list or ())
-
-
 @functools.cache
 def _manager(*, include_defaults: bool) -> Any:
     """Knows lm-eval's tasks by name; it reads the files of thousands of them."""
@@ -246,35 +219,15 @@ def _manager(*, include_defaults: bool) -> Any:
     return TaskManager(include_defaults=include_defaults)
 
 
-def _load_tasks(manager: Any, tasks: Mapping[str, Any]) -> list[Any]:
-    """Loads tasks and groups of lm-eval with their data, each once. Raises :class:`HarnessError`."""
-    loaded_tasks: dict[str, Any] = {}
-    group_members: set[str] = set()
-    missing: list[str] = []
-    for name, loadable in tasks.items():
-        try:
-            loaded = manager.load([loadable])
-        except Exception as error:  # hubs, files and datasets raise nearly any kind
-            missing.append(f"{name}: cannot be loaded ({' '.join(str(error).split()):.200})")
-        else:
-            group_members |= {child for children in loaded["group_map"].values() for child in children}
-            loaded_tasks |= {**loaded["groups"], **loaded["tasks"]}
-    if missing:
-        raise HarnessError("; ".join(missing))
-    return [task for name, task in loaded_tasks.items() if name not in group_members]
-
-
-def _check_answers_fit(tasks: Sequence[Any], positions: int | None) -> None:
-    for task in _leaves(tasks):
-        config = task.config
-        if positions is None or config.output_type != "generate_until":
-            continue
-        longest = (config.generation_kwargs or {}).get("max_gen_toks", ANSWER_TOKENS)
-        if longest >= positions:
-            raise HarnessError(
-                f"{config.task}: its answers have up to {longest} tokens, and the model has {positions} positions for "
-                "prompt and answer; leave the task out"
-            )
+def _check_answers_fit(config: Any, positions: int | None) -> None:
+    if positions is None or config.output_type != "generate_until":
+        return
+    longest = (config.generation_kwargs or {}).get("max_gen_toks", ANSWER_TOKENS)
+    if longest >= positions:
+        raise HarnessError(
+            f"{config.task}: its answers have up to {longest} tokens, and the model has {positions} positions for "
+            "prompt and answer; leave the task out"
+        )
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
@@ -293,39 +246,34 @@ def _named(metric: str, kind: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Hides the messages of lm-eval and its libraries about their internals; yields those about prompts that it cut."""
-    model = logging.getLogger("lm_eval.models.huggingface")
-    loggers = [model, *map(logging.getLogger, ("lm_eval", "accelerate", "datasets", "huggingface_hub"))]
-    levels = [each.level for each in loggers]
+    """Hides the messages of lm-eval and its libraries about their internals; yields those about prompts that it cut.
+
+    Bars are only drawn if somebody watches: these libraries draw them for every rank and into every file.
+    """
     cuts: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:
         cuts.extend([record.getMessage()] * ("truncat" in record.getMessage().lower()))
         return False
 
+    def without_bar(bar: tqdm, *items: Any, **options: Any) -> None:
+        begin(bar, *items, **{**options, "disable": True})
+
+    model = logging.getLogger("lm_eval.models.huggingface")
+    levels = {each: each.level for each in [model, *map(logging.getLogger, LOGGERS)]}
+    begin = tqdm.__init__
     try:
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        model.setLevel(logging.WARNING)
+        for each in levels:
+            each.setLevel(logging.WARNING if each is model else logging.ERROR)
         model.addFilter(collect)
         if not is_watched():
-            _draw_no_bars()
+            tqdm.__init__ = without_bar  # type: ignore[method-assign, assignment]
         yield cuts
     finally:
+        tqdm.__init__ = begin  # type: ignore[method-assign]
         model.removeFilter(collect)
-        for each, level in zip(loggers, levels, strict=True):
+        for each, level in levels.items():
             each.setLevel(level)
-
-
-def _draw_no_bars() -> None:
-    """Of lm-eval and datasets, which draw them for every rank and into every file."""
-    import datasets
-    from lm_eval.api import model, task
-    from lm_eval.models import huggingface
-
-    for module in (model, task, huggingface):
-        module.tqdm = lambda *items, **options: tqdm(*items, **{**options, "disable": True})
-    datasets.disable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -351,14 +299,7 @@ def table(results: Results) -> str:
 
 
 def record(run: Path, step: int, results: Results, settings: TaskSettings) -> None:
-    """Appends a line to ``tasks.jsonl`` in a run folder, and adds points to its TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = RunFolder(run)
+    """Appends a line to ``tasks.jsonl`` in a run folder."""
     plain = TaskSettings(settings.tasks).tagged(results)
     line = {"step": step, "time": time.time(), "num_fewshot": settings.num_fewshot, "limit": settings.limit, **plain}
-    append_synced(folder.tasks, json.dumps(line))
-    threading.excepthook = without_disk_errors
-    with disk_faults_named(folder.tensorboard), SummaryWriter(str(folder.tensorboard)) as writer:
-        for tag, value in settings.tagged(results).items():
-            writer.add_scalar(tag, value, step)
+    append_synced(RunFolder(run).tasks, json.dumps(line))

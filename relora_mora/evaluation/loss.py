@@ -107,13 +107,11 @@ def evaluate_sets(
     ``score(set, update)`` calls :func:`evaluate` with its arguments; ``progress`` counts the tokens of all sets.
     """
     total = sum(data.predicted for data in sets.values())
-
-    def counted_from(before: int) -> Update:
-        return lambda done, _: progress(before + done, total)
-
+    before = 0
     results: dict[str, EvalResult] = {}
     for name, data in sets.items():
-        results[name] = score(data, counted_from(sum(each.tokens for each in results.values())))
+        results[name] = score(data, lambda done, _, before=before: progress(before + done, total))  # type: ignore[misc]
+        before += data.predicted
     return results
 
 

@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from relora_mora.config.data import DataConfig, set_setting
-from relora_mora.data.errors import SourceError
 from relora_mora.data.held_out import EvalSet
-from relora_mora.data.named_sets import is_on_disk
-from relora_mora.data.sources import shards_of
 from relora_mora.evaluation.loss import EvalResult, evaluate, evaluate_sets, is_causal
 from relora_mora.model.causal import LossModel
 from relora_mora.system.bars import Bar
@@ -21,55 +17,45 @@ from relora_mora.system.process import say
 from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.generation import generation_config
-from relora_mora.weights.load import LoadedModel
+from relora_mora.weights.load import ModelSource
 
 
-def on_device(loaded: LoadedModel, name: str) -> Any:
+def on_device(source: ModelSource, dtype: torch.dtype) -> Any:
     """The model on this machine's device. Raises ValueError for one that sees the tokens that it is to predict."""
-    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
-    lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+    with Bar("loading the model"):
+        lm: Any = source.read(dtype)  # torch's types do not know that a model accepts a device
+        lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
     if not is_causal(lm, lm.device):
         raise ValueError(
-            f"{name}: {type(lm).__name__} predicts a token from the token itself and later ones; give a causal "
-            "language model"
+            f"{source.description}: {type(lm).__name__} predicts a token from the token itself and later ones; give a "
+            "causal language model"
         )
     return lm
 
 
 def ready_to_generate(
-    loaded: LoadedModel, name: str, tokenizer: str | None = None
+    source: ModelSource, dtype: torch.dtype, tokenizer: str | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model on this machine's device, which ends its answers as its export does, and its tokenizer."""
-    loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
-    lm = on_device(loaded, name)
-    if loaded.of_run:
-        lm.generation_config = generation_config(loaded_tokenizer, lm.config, loaded.run)
-    return lm, loaded_tokenizer
+    own = load_tokenizer(tokenizer_of(source, tokenizer))
+    lm = on_device(source, dtype)
+    if source.of_run:
+        lm.generation_config = generation_config(own, lm.config, source.run)
+    return lm, own
 
 
-def tokenizer_of(loaded: LoadedModel, other: str | None) -> Path:
+def tokenizer_of(source: ModelSource, other: str | None) -> Path:
     """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
-    path = loaded.tokenizer if other is None else Path(other)
+    path = source.tokenizer if other is None else Path(other)
     tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, loaded.model.config.get_text_config().vocab_size)
+    check_vocabulary(tokenizer, source.config.get_text_config().vocab_size)
     with contextlib.suppress(ValueError):  # the model may have no tokenizer
-        if other is not None and not gives_same_tokens(other, loaded.tokenizer, tokenizer):
+        if other is not None and not gives_same_tokens(other, source.tokenizer, tokenizer):
             say(
                 f"{other} gives other tokens than the model's own tokenizer: the numbers below are meaningful only "
                 "if the model was trained with it"
             )
     return path
-
-
-def check_files(text: DataConfig) -> None:
-    """Raises SourceError if files of the held-out text on this host are missing."""
-    for name, sources in text.validation.items():
-        if not all(map(is_on_disk, sources)):
-            continue
-        try:
-            shards_of(sources, text, "validation")
-        except SourceError as error:
-            raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
 
 
 def score_sets(lm: Any, sets: Mapping[str, EvalSet], micro_batch_size: int) -> dict[str, EvalResult]:

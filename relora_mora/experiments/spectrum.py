@@ -14,7 +14,7 @@ from relora_mora.model.causal import empty_model, initial_values, put_values
 from relora_mora.optim.groups import group_of
 from relora_mora.weights.digests import other_weights
 from relora_mora.weights.export import checked_model, merged_weights
-from relora_mora.weights.load import merge_into, start_weights
+from relora_mora.weights.load import start_weights
 from relora_mora.weights.peft import AdapterFolder
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
@@ -74,6 +74,6 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> Mapping[str,
     if config.model.adapter is not None:
         plain = empty_model(model.config)
         put_values(plain, weights)
-        merge_into(plain, AdapterFolder(Path(config.model.adapter)), str(source))
+        AdapterFolder(Path(config.model.adapter)).merge_into(plain, str(source))
         weights = plain.state_dict()
     return {name: weights.get(name) for name in names}

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
-from relora_mora.model.config_keys import head_width
 
 SDPA_OR_DOCUMENTS = "relora_mora_sdpa_or_documents"  # the name of ``attend`` and of its masks
 
@@ -129,6 +128,12 @@ _sdpa_mask = _separating(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 for _name in ("sdpa", "eager"):
     AttentionMaskInterface.register(_name, _separating(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[_name]))
 AttentionMaskInterface.register(SDPA_OR_DOCUMENTS, _mask_of_attend)
+
+
+def head_width(model_config: PreTrainedConfig) -> int:
+    """The number of features of an attention head."""
+    width: int = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    return width
 
 
 def flash_supports(width: int, dtype: torch.dtype) -> bool:

@@ -28,8 +28,7 @@ from relora_mora.adapters.mora import set_operators
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import Config
 from relora_mora.model.causal import LossModel, put_values
-from relora_mora.model.config_keys import head_width
-from relora_mora.model.documents import flash_supports
+from relora_mora.model.documents import flash_supports, head_width
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model

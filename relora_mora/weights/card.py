@@ -67,6 +67,8 @@ def _facts(manifest: Manifest, config: Config, run: RunFolder) -> Iterator[tuple
         yield "parameters", f"{start['parameters']['total']:,}, of which {start['parameters']['trainable']:,} trained"
     length = f"{config.data.sequence_length:,} tokens"
     yield "training", f"{counted(manifest.step, 'step')} of {config.train.batch_size} sequences of up to {length}"
+    if "tokens" in manifest.counters:
+        yield "training text seen", counted(manifest.counters["tokens"], "token")
 
 
 def _figures(run: RunFolder, step: int) -> Iterator[str]:

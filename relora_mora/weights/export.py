@@ -4,21 +4,22 @@ A checkpoint is exported as a plain model or as an adapter without its base; nei
 """
 
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from relora_mora.adapters.inject import inject
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
+from relora_mora.adapters.layers import adapter_layers, adapter_parameters
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.config.load import stored_config
-from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.model.causal import empty_model, ends_of, put_values
 from relora_mora.model.config import stored_model_config
 from relora_mora.optim.groups import IN_LAYER
@@ -33,8 +34,6 @@ from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.generation import generation_config, ids_of_roles
 from relora_mora.weights.peft import CONFIG, KEY, PREFIX, RELEASED_TYPES, WEIGHTS, base_sample
 
-_MERGED = "export it with --format=merged"
-
 
 def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     """The model of a checkpoint with its adapter layers and without values.
@@ -43,7 +42,7 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     """
     manifest = reader.manifest
     config = stored_config(manifest.config, str(reader.folder))
-    skeleton = _empty_model(reader)
+    skeleton = model_without_values(reader)
     if config.method.uses_adapters:
         with torch.device("meta"):
             inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
@@ -58,41 +57,32 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     return skeleton
 
 
-def merged_weights(reader: CheckpointReader) -> dict[str, torch.Tensor]:
+def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
     """Every weight of the plain model in float32; ``W + delta`` for layers with an adapter.
 
     Raises :class:`CheckpointError` if the checkpoint does not hold the tensors of the model it names.
     """
-    manifest = reader.manifest
     skeleton = checked_model(reader)
-    adapters = dict(adapter_layers(skeleton))
     own = adapter_parameters(skeleton)
-    weights = {name: reader.weight(name) for name in [*manifest.parameters, *manifest.frozen] if name not in own}
-    for name, layer in adapters.items():
+    names = [*reader.manifest.parameters, *reader.manifest.frozen]
+    weights = {name: reader.weight(name) for name in names if name not in own}
+    for name, layer in adapter_layers(skeleton):
         weights[f"{name}.weight"] += layer.delta_of(*(reader.weight(f"{name}.{key}") for key in layer.adapter_names))
     return weights
 
 
-def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The plain model of a checkpoint folder that :func:`find_checkpoint` has verified.
+def merged_model(reader: CheckpointReader, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The plain model of a checkpoint that :func:`find_checkpoint` has verified.
 
     Raises :class:`CheckpointError` for weights that are too large for ``dtype``.
     """
-    reader = CheckpointReader(path)
-    model = _empty_model(reader)
-    weights = {name: value.to(dtype) for name, value in merged_weights(reader).items()}
-    broken = [name for name, value in weights.items() if not value.isfinite().all()]
-    if broken:
-        kind = str(dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{path}: weights too large for {kind} in {abbreviate(broken)}; choose another type, or an older checkpoint"
-        )
-    put_values(model, weights)
+    model = model_without_values(reader)
+    put_values(model, _cast(merged_weights(reader), dtype, reader.folder))
     model.config.dtype = dtype
     return model.eval()
 
 
-def _empty_model(reader: CheckpointReader) -> PreTrainedModel:
+def model_without_values(reader: CheckpointReader) -> PreTrainedModel:
     """The plain model of a checkpoint without values; raises :class:`CheckpointError` if its config is unusable."""
     try:
         return empty_model(stored_model_config(reader.manifest.model_config))
@@ -102,6 +92,15 @@ def _empty_model(reader: CheckpointReader) -> PreTrainedModel:
             f"{reader.folder}: transformers cannot build a model from its model_config: {message}; "
             "use another checkpoint"
         ) from error
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
+    cast = {name: value.to(dtype).contiguous() for name, value in tensors.items()}
+    broken = [name for name, value in cast.items() if not value.isfinite().all()]
+    if broken:
+        kind = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{folder}: numbers too large for {kind} in {abbreviate(broken)}; choose another type")
+    return cast
 
 
 def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, released: bool) -> None:
@@ -116,22 +115,11 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     """
     lm = checked_model(reader)
     config = stored_config(reader.manifest.config, str(reader.folder))
+    _check_exportable(reader, config, lm, released=released)
     layers = dict(adapter_layers(lm))
-    embedding, _ = ends_of(lm)
-    tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
-    _check_exportable(
-        reader,
-        config.model,
-        config.method,
-        released=released,
-        trains_tied=tied and embedding in reader.manifest.parameters,
-    )
-    modules = _whole_modules(reader, layers, adapter_parameters(lm))
-    tensors = {
-        f"{PREFIX}{name}": reader.weight(name)
-        for name in [*reader.manifest.parameters, *reader.manifest.frozen]
-        if name.rpartition(".")[0] in modules
-    }
+    modules = {name.rpartition(".")[0] for name in set(reader.manifest.parameters) - adapter_parameters(lm)}
+    names = [*reader.manifest.parameters, *reader.manifest.frozen]
+    tensors = {f"{PREFIX}{name}": reader.weight(name) for name in names if name.rpartition(".")[0] in modules}
     ranks: dict[str, float] = {}  # by kind of projection, since the layers of a kind have the same shape
     for name, layer in layers.items():
         values = [reader.weight(f"{name}.{key}") for key in layer.adapter_names]
@@ -141,15 +129,12 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
         # the released code computes R as the square root of (in + out) r
         rank = len(A) ** 2 / (layer.in_features + layer.out_features) if released else len(A)
         ranks[name.rpartition(".")[2]] = rank
-    cast = {name: value.to(dtype).contiguous() for name, value in tensors.items()}
-    broken = [name for name, value in cast.items() if not value.isfinite().all()]
-    if broken:
-        fault = f"values too large for {dtype} in {abbreviate(broken)}; choose another type"
-        raise CheckpointError(f"{reader.folder}: {fault}")
-    first = f"{next(iter(layers))}.weight"
-    save_file(cast, out / WEIGHTS, metadata={"format": "pt", KEY: base_sample(first, reader.weight(first))})
-    settings = _settings(config.method, ranks, released=released) | {
+    base = f"{next(iter(layers))}.weight"
+    metadata = {"format": "pt", KEY: base_sample(base, reader.weight(base))}
+    save_file(_cast(tensors, dtype, reader.folder), out / WEIGHTS, metadata=metadata)
+    settings = {
         "base_model_name_or_path": config.model.init_from,
+        **_settings(config.method, ranks, released=released),
         # one name for the same module of all layers
         "modules_to_save": sorted({m.rpartition(".")[2] if IN_LAYER.search(m) else m for m in modules}) or None,
     }
@@ -158,48 +143,38 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_exportable(
-    reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool, trains_tied: bool
-) -> None:
-    manifest = reader.manifest
-    began = other_weights(reader.folder, model).get("model.init_from")
-    fault = None
-    if not method.uses_adapters:
-        fault = f"{method.name} trains without adapters"
-    elif model.init_from is None:
-        fault = "it has no model.init_from, so there is no base model for its adapter"
-    elif began == "no model.init_from":
-        fault = f"it began with {began}, so there is no base model for its adapter"
-    elif manifest.merges_done:
-        fault = f"{counted(manifest.merges_done, 'merge')} changed the base weights of its adapter"
-    elif model.new_tokens is not None:
-        fault = "it added rows for new tokens, so its model is not model.init_from plus an adapter"
-    elif trains_tied:
-        fault = "it trained embeddings that are also the head, which PEFT does not store with an adapter"
-    elif released and manifest.operator not in RELEASED_TYPES:
-        known = ", ".join(map(str, RELEASED_TYPES))
-        name = method.name if manifest.operator is None else f"operator {manifest.operator}"
-        fault = f"{name} is not known to the released MoRA, which has the operators {known}"
+def _check_exportable(reader: CheckpointReader, config: Config, lm: PreTrainedModel, *, released: bool) -> None:
+    manifest, method = reader.manifest, config.method
+    began = other_weights(reader.folder, config.model).get("model.init_from")
+    tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+    biases = {name for name, _ in adapter_layers(lm) if f"{name}.bias" in manifest.parameters}
+    faults = [
+        (not method.uses_adapters, f"{method.name} trains without adapters"),
+        (
+            config.model.init_from is None or began == "no model.init_from",
+            "it began with no model.init_from, so there is no base model for its adapter",
+        ),
+        (manifest.merges_done, f"{counted(manifest.merges_done, 'merge')} changed the base weights of its adapter"),
+        (config.model.new_tokens, "it added rows for new tokens, so its model is not model.init_from plus an adapter"),
+        (
+            tied and ends_of(lm)[0] in manifest.parameters,
+            "it trained embeddings that are also the head, which PEFT does not store with an adapter",
+        ),
+        (biases, f"biases of layers with adapters were trained ({abbreviate(biases)}), which an adapter does not hold"),
+        (
+            released and manifest.operator not in RELEASED_TYPES,
+            f"{method.name} with operator {manifest.operator} is not known to the released MoRA",
+        ),
+    ]
+    fault = next((text for is_so, text in faults if is_so), None)
     if fault is not None:
-        raise CheckpointError(f"{reader.folder}: {fault}; {_MERGED}")
+        raise CheckpointError(f"{reader.folder}: {fault}; export it with --format=merged")
     if began is not None:
         log.warning(
             "%s: %s, the base that the adapter names, has other files than the run began with; use the original ones",
             reader.folder,
-            model.init_from,
+            config.model.init_from,
         )
-
-
-def _whole_modules(reader: CheckpointReader, layers: Mapping[str, AdapterLinear], adapters: Set[str]) -> set[str]:
-    """The modules with trained parameters that are not adapters."""
-    modules = {name.rpartition(".")[0] for name in set(reader.manifest.parameters) - adapters}
-    with_biases = sorted(modules & set(layers))
-    if with_biases:
-        raise CheckpointError(
-            f"{reader.folder}: biases of layers with adapters were trained ({abbreviate(with_biases)}), which an "
-            f"adapter does not hold; {_MERGED}"
-        )
-    return modules
 
 
 def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: bool) -> dict[str, Any]:
@@ -245,10 +220,10 @@ def export(
         tokenizer = load_tokenizer(checkpoint / TOKENIZER)
         reader = CheckpointReader(checkpoint)
         run = RunFolder.of(checkpoint)
-        generation = generation_config(tokenizer, _empty_model(reader).config, run)
+        generation = generation_config(tokenizer, model_without_values(reader).config, run)
         before_merge()
         if form == "merged":
-            model = merged_model(checkpoint, dtype)
+            model = merged_model(reader, dtype)
             model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
             model.save_pretrained(work, max_shard_size=int(shard_gb * 1e9))
             _name_rope(work / "config.json")

@@ -1,21 +1,23 @@
 """Models in Hugging Face folders that this trainer did not write."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from relora_mora.checkpoint.layout import MANIFEST, CheckpointError
 from relora_mora.config.load import ConfigError
-from relora_mora.model.config import architecture_of, parse_model_config, read_json
+from relora_mora.model.config import family_of, parse_model_config, read_json
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import quiet_transformers
+
+transformers_logging.disable_progress_bar()  # it would draw one per file
 
 
 def abbreviate(names: Iterable[str]) -> str:
@@ -24,9 +26,6 @@ def abbreviate(names: Iterable[str]) -> str:
     for name in sorted(names):
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     return ", ".join(same[0] if len(same) == 1 else f"{kind} ({len(same)})" for kind, same in kinds.items())
-
-
-transformers_logging.disable_progress_bar()  # it would draw one per file
 
 
 def is_foreign(path: Path) -> bool:
@@ -45,11 +44,21 @@ def foreign_config(path: Path) -> PreTrainedConfig:
     if values.get("model_type") is None:
         fault = "model.init_from: it has no model_type; set it there, to llama for example"
         raise ConfigError([fault], str(file))
-    keys = architecture_of(values, str(file)).keys
-    known = {key: value for key, value in values.items() if key in keys}
+    known = family_of(values, str(file)).known
+    values = {key: value for key, value in values.items() if key in known}
     generation = path / "generation_config.json"
     ends = read_json(generation, "model.init_from").get("eos_token_id") if generation.exists() else None
-    return parse_model_config(known | ({"eos_token_id": ends} if isinstance(ends, list) else {}), str(file))
+    return parse_model_config(values | ({"eos_token_id": ends} if isinstance(ends, list) else {}), str(file))
+
+
+def any_config(path: Path) -> PreTrainedConfig:
+    """The config of any model in a Hugging Face folder, as transformers reads it; raises :class:`CheckpointError`."""
+    try:
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly any kind
+        raise CheckpointError(f"{path}: transformers cannot read its config: {' '.join(str(error).split())}") from error
+    return config
 
 
 def load_foreign(path: Path, dtype: torch.dtype, *, whole: bool = False) -> PreTrainedModel:
@@ -78,20 +87,19 @@ def load_foreign(path: Path, dtype: torch.dtype, *, whole: bool = False) -> PreT
         message = " ".join(str(error).split())
         raise CheckpointError(f"{path}: transformers cannot load it as a causal language model: {message}") from error
     model, info = loaded
-    _refuse_weights(
-        path,
-        {
-            "missing": info["missing_keys"],
-            "of another shape": [key for key, *_ in info["mismatched_keys"]],
-            "left over": info["unexpected_keys"] if whole else (),
-        },
-    )
-    if info["unexpected_keys"]:
-        log.warning(
-            "%s: these weights do not belong to its model and are left out: %s",
-            path,
-            abbreviate(info["unexpected_keys"]),
+    left_over = info["unexpected_keys"]
+    wrong = {
+        "missing": info["missing_keys"],
+        "of another shape": [key for key, *_ in info["mismatched_keys"]],
+        "left over": left_over if whole else (),
+    }
+    faults = "; ".join(f"{fault}: {abbreviate(names)}" for fault, names in wrong.items() if names)
+    if faults:
+        raise CheckpointError(
+            f"{path}: its weights do not fit its config.json; {faults}; fetch it again, or correct that file"
         )
+    if left_over:
+        log.warning("%s: these weights do not belong to its model and are left out: %s", path, abbreviate(left_over))
     return model
 
 
@@ -100,7 +108,11 @@ def check_files(path: Path) -> None:
 
     Reads no weight.
     """
-    for file in _safetensors(path):
+    names = {SAFE_WEIGHTS_NAME} if (path / SAFE_WEIGHTS_NAME).exists() else set()
+    index = path / SAFE_WEIGHTS_INDEX_NAME
+    if not names and index.exists():
+        names = set((read_json(index, "model.init_from").get("weight_map") or {}).values())
+    for file in sorted(path / name for name in names):
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -111,25 +123,6 @@ def check_files(path: Path) -> None:
 def has_weights(path: Path) -> bool:
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any((path / name).exists() for name in names)
-
-
-def _safetensors(path: Path) -> list[Path]:
-    """The files that transformers reads in a folder."""
-    whole = path / SAFE_WEIGHTS_NAME
-    index = path / SAFE_WEIGHTS_INDEX_NAME
-    if whole.exists() or not index.exists():
-        return [whole] if whole.exists() else []
-    shards = read_json(index, "model.init_from").get("weight_map")
-    return [path / name for name in sorted(set(shards.values()))] if isinstance(shards, dict) else []
-
-
-def _refuse_weights(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
-    """Raises :class:`CheckpointError` if there are any names in ``wrong``, whose keys say what is wrong."""
-    if any(wrong.values()):
-        faults = "; ".join(f"{fault}: {abbreviate(names)}" for fault, names in wrong.items() if names)
-        raise CheckpointError(
-            f"{path}: its weights do not fit its config.json; {faults}; fetch it again, or correct that file"
-        )
 
 
 def positions_in(config: PreTrainedConfig) -> int | None:

@@ -1,26 +1,30 @@
 """Loads trained models: the one that a run starts from, one to score text with, and a base with an adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints, read_manifest
+from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
-from relora_mora.config.data import CHATML, DataConfig, RecordsConfig
+from relora_mora.config.data import CHATML, DataConfig, TextSource
 from relora_mora.config.data_flags import SCORING, read_data
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import ModelConfig
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
-from relora_mora.weights.export import merged_model, merged_weights
-from relora_mora.weights.foreign import foreign_config, is_foreign, load_foreign, positions_in
+from relora_mora.weights.export import merged_model, merged_weights, model_without_values
+from relora_mora.weights.foreign import any_config, foreign_config, is_foreign, load_foreign, positions_in
 from relora_mora.weights.peft import AdapterFolder, is_adapter
+
+T = TypeVar("T", DataConfig, TextSource)
+HF_LENGTH = 2048  # default limit of the sequence length for scoring a foreign model
 
 
 def model_config_of(settings: ModelConfig) -> PreTrainedConfig:
@@ -58,19 +62,17 @@ def start_weights(path: Path) -> dict[str, torch.Tensor]:
     return merged_weights(CheckpointReader(find_checkpoint(path)))
 
 
-HF_LENGTH = 2048  # default limit of the sequence length for scoring a foreign model
-
-
 @dataclass(frozen=True)
-class LoadedModel:
-    """A causal LM to score text with.
+class ModelSource:
+    """A causal LM to score text with; ``read(dtype)`` reads its weights.
 
     ``tokenizer`` is the tokenizer's folder; ``data`` says how the training text was read.
     ``checkpoint`` is the checkpoint of this trainer that the weights are from, and its step. ``of_run`` is also true
     for an adapter on such weights; the model's config may then name other special tokens than the tokenizer.
     """
 
-    model: PreTrainedModel
+    read: Callable[[torch.dtype], PreTrainedModel]
+    config: PreTrainedConfig
     tokenizer: Path
     data: DataConfig
     description: str
@@ -91,137 +93,81 @@ class LoadedModel:
         """
         trained = _with_saved_template(self.data) if own_tokenizer else self.data
         given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
-        _drop_replaced(given, overrides)
+        if any(name.startswith("data.records") for name in overrides):
+            del given["packing"]
+        kind = overrides.get("data.records.kind")
+        if kind is not None and given["records"] is not None and given["records"]["kind"] != kind:
+            given["records"] = None  # columns and template belong to their kind
+        if overrides.get("data.packing") == "none":
+            del given["document_mask"]
         if validation is not None:
             given["validation"] = validation
         return read_data(given, overrides, SCORING)
-
-
-def _drop_replaced(given: dict[str, Any], overrides: Mapping[str, str]) -> None:
-    """Drops settings that depend on others, if the command line sets these."""
-    if any(name.startswith("data.records") for name in overrides):
-        del given["packing"]
-    kind = overrides.get("data.records.kind")
-    if kind is not None and given["records"] is not None and given["records"]["kind"] != kind:
-        given["records"] = None  # columns and template belong to their kind
-    if overrides.get("data.packing") == "none":
-        del given["document_mask"]
 
 
 def _with_saved_template(data: DataConfig) -> DataConfig:
     """Replaces the training's chat template file by null, since the run's tokenizer holds that template."""
     trained = map(data.records_of, data.train)
     file = next((each.template for each in trained if each is not None and each.is_conversation), None)
-    if file in (None, CHATML):
-        return data
 
-    def own(records: RecordsConfig | None) -> RecordsConfig | None:
-        if records is None or records.template != file:
-            return records
-        return records.model_copy(update={"template": None})
+    def own(reads: T) -> T:
+        records = reads.records
+        if file in (None, CHATML) or records is None or records.template != file:
+            return reads
+        return reads.model_copy(update={"records": records.model_copy(update={"template": None})})
 
-    sets = {
-        name: [source.model_copy(update={"records": own(source.records)}) for source in sources]
-        for name, sources in data.validation.items()
-    }
-    return data.model_copy(update={"records": own(data.records), "validation": sets})
+    sets = {name: list(map(own, sources)) for name, sources in data.validation.items()}
+    return own(data).model_copy(update={"validation": sets})
 
 
-def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
-    """The model of a checkpoint, run folder or Hugging Face folder, without downloads and without running its code.
+def find_model(path: Path, base: Path | None = None) -> ModelSource:
+    """The model of a checkpoint, run, Hugging Face folder or adapter without its model.
 
-    Raises :class:`CheckpointError` for anything else.
-    """
-    if is_foreign(path):
-        model = load_foreign(path, dtype)
-        length = min(HF_LENGTH, positions_in(model.config) or HF_LENGTH)
-        plain = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
-        return LoadedModel(model, path, plain, f"{path} ({type(model).__name__})")
-    checkpoint = find_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    data = stored_config(manifest.config, str(checkpoint)).data
-    return LoadedModel(
-        merged_model(checkpoint, dtype),
-        checkpoint / TOKENIZER,
-        data,
-        f"{checkpoint} (step {manifest.step})",
-        (checkpoint, manifest.step),
-        of_run=True,
-    )
-
-
-def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> LoadedModel:
-    """The model of a checkpoint, run, Hugging Face folder or adapter without its model; see :func:`load_any_model`.
-
-    ``base`` is the model that an adapter was trained on; the default is the one that its config names. Raises
-    :class:`CheckpointError` if the base is not found or does not fit.
+    Nothing is downloaded, and no code of a folder is run. ``base`` is the model that an adapter was trained on; the
+    default is the one that its config names. Raises :class:`CheckpointError` for anything else, also while the weights
+    are read.
     """
     if not is_adapter(path):
         if base is not None:
             raise CheckpointError(f"--base: {path} is not an adapter without its model; omit --base")
-        return load_any_model(path, dtype)
+        return _whole_model(path)
     adapter = AdapterFolder(path)
     if base is None and (adapter.base is None or not Path(adapter.base).is_dir()):
         named = "it names no model" if adapter.base is None else f"its model {adapter.base} is not a folder here"
         raise CheckpointError(f"{path}: an adapter without its model, and {named}; give the model's folder with --base")
-    loaded = load_any_model(base or Path(str(adapter.base)), torch.float32)
-    merge_into(loaded.model, adapter, str(base or adapter.base))
-    for parameter in loaded.model.parameters():  # not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
-    if (path / GENERATION_CONFIG_NAME).is_file():  # the adapter was trained to stop at other tokens than its base
-        loaded.model.generation_config = GenerationConfig.from_pretrained(path)
+    of_base = _whole_model(base or Path(str(adapter.base)))
+
+    def read(dtype: torch.dtype) -> PreTrainedModel:
+        lm = of_base.read(torch.float32)
+        adapter.merge_into(lm, str(base or adapter.base))
+        for parameter in lm.parameters():  # not the buffers: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
+        if (path / GENERATION_CONFIG_NAME).is_file():  # the adapter was trained to stop at other tokens than its base
+            lm.generation_config = GenerationConfig.from_pretrained(path)
+        return lm
+
     return replace(
-        loaded,
-        tokenizer=path if has_tokenizer(path) else loaded.tokenizer,
-        description=f"{path} on {loaded.description}",
+        of_base,
+        read=read,
+        tokenizer=path if has_tokenizer(path) else of_base.tokenizer,
+        description=f"{path} on {of_base.description}",
         checkpoint=None,
     )
 
 
-@torch.no_grad()
-def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> None:
-    """Adds every delta to its weight, in place, and replaces the modules that trained as a whole.
-
-    ``model`` is in float32; errors call it ``named``. Raises :class:`CheckpointError` if the adapter belongs to another
-    model; the model may then be partly changed.
-    """
-    adapter.check_head(model)
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    adapter.check_base(parameters.get, named)
-    for name in adapter.layers:
-        linear = _linear_of(adapter, name, modules.get(name), named)
-        with torch.device("meta"):
-            layer = adapter.layer_on(name, linear)
-        names = [f"{name}.{key}" for key in layer.adapter_names]
-        for key in layer.adapter_names:
-            _check_shape(adapter, f"{name}.{key}", layer.get_parameter(key), named)
-        linear.weight += layer.delta_of(*map(adapter.value, names))
-    for name in adapter.plain():
-        _check_shape(adapter, name, parameters.get(name), named)
-        parameters[name].copy_(adapter.value(name))
-
-
-def _linear_of(adapter: AdapterFolder, name: str, module: torch.nn.Module | None, named: str) -> torch.nn.Linear:
-    """The linear layer of an adapter's layer. Raises :class:`CheckpointError` if ``module`` is not one that it fits."""
-    if not isinstance(module, torch.nn.Linear):
-        raise CheckpointError(
-            f"{adapter.file}: {name} is not a linear layer of {named}; give the model it was trained on"
-        )
-    if not adapter.fits(name, module.in_features, module.out_features):
-        raise CheckpointError(
-            f"{adapter.file}: {name} has an M of size {adapter.layers[name]}, which does not fit its rank and "
-            f"the layer {module.in_features} -> {module.out_features} of {named}; give the model that the "
-            "adapter was trained on"
-        )
-    return module
-
-
-def _check_shape(adapter: AdapterFolder, name: str, expected: torch.Tensor | None, named: str) -> None:
-    shape = None if expected is None else tuple(expected.shape)
-    if adapter.shapes[name] != shape:
-        expected_shape = "nothing of that name" if shape is None else list(shape)
-        raise CheckpointError(
-            f"{adapter.file}: {name} is {list(adapter.shapes[name])}, and {named} has {expected_shape}; "
-            "give the model that the adapter was trained on"
-        )
+def _whole_model(path: Path) -> ModelSource:
+    if is_foreign(path):
+        config = any_config(path)
+        length = min(HF_LENGTH, positions_in(config) or HF_LENGTH)
+        data = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
+        return ModelSource(partial(load_foreign, path), config, path, data, f"{path} ({config.model_type})")
+    reader = CheckpointReader(find_checkpoint(path))
+    return ModelSource(
+        partial(merged_model, reader),
+        model_without_values(reader).config,
+        reader.folder / TOKENIZER,
+        stored_config(reader.manifest.config, str(reader.folder)).data,
+        f"{reader.folder} (step {reader.manifest.step})",
+        (reader.folder, reader.manifest.step),
+        of_run=True,
+    )

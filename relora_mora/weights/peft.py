@@ -16,10 +16,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,41 +33,14 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import ends_of
 from relora_mora.weights.foreign import abbreviate, has_weights
 
-KEY = "base_weight"
-_SAMPLES = 32
-_TOLERANCE = 2**-8  # relative: a model saved in bf16 or fp16 counts as the same
-_SMALLEST = 1e-6  # absolute: fp16 has no finer steps near zero
-
-
-def base_sample(name: str, weight: Tensor) -> str:
-    """A sample that identifies a base model, as JSON: a weight's name and numbers spread evenly over its elements."""
-    return json.dumps({"name": name, "values": _sample(weight).tolist()})
-
-
-def is_other_base(noted: str, weight_of: Callable[[str], Tensor | None]) -> bool:
-    """Whether a sample is from a model with other weights than these. A damaged sample is ignored."""
-    try:
-        note = json.loads(noted)
-        expected = torch.tensor(note["values"], dtype=torch.float32)
-        weight = weight_of(note["name"]) if isinstance(note, Mapping) else None
-    except (ValueError, KeyError, TypeError):
-        return False
-    if weight is None:
-        return True
-    return not torch.allclose(_sample(weight), expected, rtol=_TOLERANCE, atol=_SMALLEST)
-
-
-def _sample(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
-    places = [number * (flat.numel() - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]
-    return flat[places].float().cpu()
-
-
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 RELEASED_TYPES = (1, 2, 3, 4, 6)  # of kongds/MoRA
-
+KEY = "base_weight"
+_SAMPLES = 32
+_TOLERANCE = 2**-8  # relative: a model saved in bf16 or fp16 counts as the same
+_SMALLEST = 1e-6  # absolute: fp16 has no finer steps near zero
 # keys of PEFT's LoraConfig on an adapter's origin and training, and facts that its tensors show
 _IGNORED_KEYS = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"),
@@ -77,7 +50,6 @@ _IGNORED_KEYS = {
 }
 T = TypeVar("T")
 _ROUNDING = 2.0  # largest rounding of R
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _REMEDY = "save the model with the adapter merged in, and give that"
 
 
@@ -88,65 +60,19 @@ class _Settings(BaseModel):
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
     r: FiniteFloat | None = None
-    rank_pattern: dict[str, FiniteFloat] = {}
+    rank_pattern: dict[str, FiniteFloat] | None = None
     lora_alpha: FiniteFloat = 8
-    alpha_pattern: dict[str, FiniteFloat] = {}
+    alpha_pattern: dict[str, FiniteFloat] | None = None
     use_rslora: bool = False
     use_mora: bool = False
-    mora_type: Literal[1, 2, 3, 4, 6] = 1
+    mora_type: Literal[1, 2, 3, 4, 6] | None = 1
     bias: Literal["none"] = "none"
     # other values, such as pissa and olora, also change the weights of the model
     init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, values: Any) -> Any:
-        return (
-            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
-        )
-
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _are_expressions(cls, pattern: dict[str, float]) -> dict[str, float]:
-        for key in pattern:
-            try:
-                _matches(key, "")
-            except (re.error, OverflowError) as error:
-                raise ValueError(f"{key!r} is not a regular expression ({error})") from error
-        return pattern
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter without the weights of its model. The model's config.json may be there."""
-    return (path / CONFIG).exists() and not has_weights(path)
-
-
-class AdapterFolder:
-    """An adapter in a folder. Its tensors have the names of a run's parameters.
-
-    ``shapes`` has all of them: adapters (``...q_proj.lora_A``, ``...q_proj.mora_M``) and modules that trained as a
-    whole (``lm_head.weight``). ``mora_type`` is None for LoRA. Only JSON and safetensors are read. Raises
-    :class:`CheckpointError` if the folder has no adapter, or one that does not compute ``(W + delta) x``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / WEIGHTS
-        self._settings = self._read_settings()
-        self.base = self._settings.base_model_name_or_path
-        self.mora_type = self._settings.mora_type if self._settings.use_mora else None
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._keys: dict[str, str] = {}
-        try:
-            self._tensors: Any = safe_open(self.file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            reason = "No such file" if isinstance(error, FileNotFoundError) else str(error)
-            raise CheckpointError(f"{self.file}: cannot be read ({reason}); save the adapter as safetensors") from error
-        self._index()
-        self.layers = self._check_layers()
-
-    def _read_settings(self) -> _Settings:
-        path = self.folder / CONFIG
+    @staticmethod
+    def read(path: Path) -> "_Settings":
+        """Raises :class:`CheckpointError` if the adapter does not compute ``(W + delta) x``."""
         try:
             settings = _Settings.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -161,110 +87,195 @@ class AdapterFolder:
             raise CheckpointError(f"{path}: {', '.join(others)}: not supported here; {_REMEDY}")
         return settings
 
-    def _index(self) -> None:
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter without the weights of its model. The model's config.json may be there."""
+    return (path / CONFIG).exists() and not has_weights(path)
+
+
+class AdapterFolder:
+    """An adapter in a folder. Its tensors have the names of a run's parameters.
+
+    ``shapes`` has all of them: adapters (``...q_proj.lora_A``, ``...q_proj.mora_M``) and modules that trained as a
+    whole (``lm_head.weight``). ``mora_type`` is None for LoRA. ``layers`` has the r or R of each layer, and ``alphas``
+    the alpha of a LoRA: its delta is ``alpha / r`` times B A. Only JSON and safetensors are read. Raises
+    :class:`CheckpointError` if the folder has no adapter, or one that does not compute ``(W + delta) x``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / WEIGHTS
+        settings = _Settings.read(folder / CONFIG)
+        self.base = settings.base_model_name_or_path
+        self.mora_type = settings.mora_type if settings.use_mora else None
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                self._noted = (file.metadata() or {}).get(KEY)
+                stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            reason = "No such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise CheckpointError(f"{self.file}: cannot be read ({reason}); save the adapter as safetensors") from error
+        self._tensors = self._named(stored)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.layers = self._sizes()
+        try:
+            self._ranks = {layer: _layer_value(settings.rank_pattern, layer, settings.r) for layer in self.layers}
+            self.alphas = {
+                layer: _layer_value(settings.alpha_pattern, layer, settings.lora_alpha)
+                * (math.sqrt(size) if settings.use_rslora else 1)
+                for layer, size in self.layers.items()
+            }
+        except (re.error, OverflowError) as error:
+            fault = f"a key of rank_pattern or alpha_pattern is not a regular expression ({error})"
+            raise CheckpointError(f"{folder / CONFIG}: {fault}; {_REMEDY}") from error
+
+    def _named(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file by the names of a run's parameters."""
+        tensors: dict[str, Tensor] = {}
         unknown = []
-        for key in self._tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-            tensor = self._tensors.get_slice(key)
+        for key, tensor in stored.items():
             name = key.removeprefix(PREFIX)
-            own = name
-            if name.endswith((".lora_A.weight", ".lora_B.weight")):
-                own = name.removesuffix(".weight")
-                if self.mora_type is not None:
-                    own = f"{own.rpartition('.')[0]}.mora_M"
-            is_other = "base_layer" in name or (own == name and "lora_" in name)
-            if name == key or tensor.get_dtype() not in _FLOATS or is_other:
+            layer, factor, part = name.rpartition(".lora_")
+            if name == key or not tensor.is_floating_point():
                 unknown.append(key)
-            elif not (own.endswith(".mora_M") and name.endswith(".lora_B.weight")):  # that is the copy of M
-                self._keys[own] = key
-                self.shapes[own] = tuple(tensor.get_shape())
+            elif part in ("A.weight", "B.weight") and self.mora_type is None:
+                tensors[f"{layer}{factor}{part[0]}"] = tensor
+            elif part in ("A.weight", "B.weight"):
+                if part[0] == "A":  # B is a copy
+                    tensors[f"{layer}.mora_M"] = tensor
+            elif factor or "base_layer" in name:
+                unknown.append(key)
+            else:
+                tensors[name] = tensor
         if unknown:
             raise CheckpointError(f"{self.file}: {abbreviate(unknown)}: not a tensor of LoRA or MoRA; {_REMEDY}")
+        return tensors
 
-    def _check_layers(self) -> dict[str, int]:
+    def _sizes(self) -> dict[str, int]:
         """The rank r of LoRA, or the size R of MoRA, of each layer with an adapter."""
+        even = self.mora_type is not None and OPERATORS[self.mora_type].even_size
+        factors = ("lora_A", "lora_B") if self.mora_type is None else ("mora_M",)
         layers: dict[str, int] = {}
-        for name, shape in self.shapes.items():
+        for name in self.shapes:
             layer, _, part = name.rpartition(".")
-            if part == "mora_M":
-                even = OPERATORS[self.mora_type].even_size if self.mora_type is not None else False
-                fits = len(shape) == 2 and shape[0] == shape[1] and not (even and shape[0] % 2)
-                shapes = f"M {list(shape)}, expected [R, R]{' with an even R' if even else ''}"
-            elif part in ("lora_A", "lora_B"):
-                a = self.shapes.get(f"{layer}.lora_A", ())
-                b = self.shapes.get(f"{layer}.lora_B", ())
-                fits = len(a) == len(b) == 2 and a[0] == b[1]
-                shapes = f"A {list(a)} and B {list(b)}, expected [r, in] and [out, r]"
-            else:
-                continue
-            if not fits or 0 in shape:
-                raise CheckpointError(f"{self.file}: {layer} has {shapes}; save it again")
-            layers[layer] = shape[1] if part == "lora_B" else shape[0]
+            if part in factors:
+                first, last = (self.shapes.get(f"{layer}.{each}", ()) for each in (factors[0], factors[-1]))
+                fits = len(first) == len(last) == 2 and first[0] == last[1] > 0
+                if not fits or (even and first[0] % 2):
+                    expected = "A [r, in] and B [out, r]" if self.mora_type is None else "M [R, R]"
+                    expected += " with an even R" if even else ""
+                    fault = f"{layer} has {list(first)} and {list(last)}, expected {expected}"
+                    raise CheckpointError(f"{self.file}: {fault}; save it again")
+                layers[layer] = first[0]
         if not layers:
             raise CheckpointError(f"{self.file}: no layer has an adapter; save it again")
         return layers
+
+    def plain(self) -> Iterator[str]:
+        """Names of the parameters that are not adapters."""
+        return (name for name in self.shapes if name.endswith((".weight", ".bias")))
+
+    def value(self, name: str) -> Tensor:
+        """A tensor in float32, by a name of ``shapes``. Raises :class:`CheckpointError` if it is not finite."""
+        value = self._tensors[name].float()
+        if not value.isfinite().all():
+            raise CheckpointError(f"{self.file}: {name} holds numbers that are not finite; use another adapter")
+        return value
 
     def check_base(self, weight_of: Callable[[str], Tensor | None], base: str) -> None:
         """Raises :class:`CheckpointError` if a model has other weights than the one that the adapter was trained on.
 
         Only adapters that this package has written identify their base.
         """
-        noted = (self._tensors.metadata() or {}).get(KEY)
-        if noted is not None and is_other_base(noted, weight_of):
-            remedy = (
-                "it has changed since" if base == self.base else f"give the model that it was trained on ({self.base})"
-            )
+        if self._noted is not None and is_other_base(self._noted, weight_of):
+            same = "it has changed since"
+            remedy = same if base == self.base else f"give the model that it was trained on ({self.base})"
             raise CheckpointError(f"{self.file}: was trained on other weights than {base} has; {remedy}")
-
-    def fits(self, layer: str, in_features: int, out_features: int) -> bool:
-        """Whether R of a MoRA layer fits the adapter's rank and these sizes, with any rounding."""
-        rank = _layer_value(self._settings.rank_pattern, layer, self._settings.r)
-        if self.mora_type is None or rank is None:
-            return True
-        return abs(math.sqrt((in_features + out_features) * rank) - self.layers[layer]) <= _ROUNDING
-
-    def alpha(self, layer: str) -> float:
-        """The alpha of a LoRA layer: delta is ``alpha / r`` times B A."""
-        settings = self._settings
-        alpha = _layer_value(settings.alpha_pattern, layer, settings.lora_alpha)
-        return alpha * math.sqrt(self.layers[layer]) if settings.use_rslora else alpha
-
-    def plain(self) -> Iterator[str]:
-        """Names of the parameters that are not adapters."""
-        return (name for name in self.shapes if name.endswith((".weight", ".bias")))
 
     def check_head(self, model: PreTrainedModel) -> None:
         """Raises :class:`CheckpointError` if it changes tied embeddings, since PEFT changes only one of their uses."""
-        embedding = model.get_input_embeddings().weight
         names = ends_of(model)
         changed = any(name in self.shapes or name.removesuffix(".weight") in self.layers for name in names)
-        if model.get_output_embeddings().weight is embedding and changed:
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight and changed:
             raise CheckpointError(
                 f"{self.file}: changes the embeddings or the head of a model that ties them, so it is more than an "
                 f"adapter; {_REMEDY}"
             )
 
-    def value(self, name: str) -> Tensor:
-        """A tensor in float32, by a name of ``shapes``. Raises :class:`CheckpointError` if it is not finite."""
-        value: Tensor = self._tensors.get_tensor(self._keys[name]).float()
-        if not value.isfinite().all():
-            raise CheckpointError(f"{self.file}: {name} holds numbers that are not finite; use another adapter")
-        return value
-
     def layer_on(self, name: str, linear: nn.Linear) -> AdapterLinear:
         """The adapter layer for a linear, without values. Call it on the meta device."""
-        size = self.layers[name]
         generator = layer_generator(0, name, 0)
         if self.mora_type is not None:
-            return MoRALinear(linear, MethodConfig(square_size=size), generator, self.mora_type)
-        method = MethodConfig.model_construct(rank=size, lora_alpha=self.alpha(name))  # a file may have any alpha
-        return LoRALinear(linear, method, generator)
+            return MoRALinear(linear, MethodConfig(square_size=self.layers[name]), generator, self.mora_type)
+        # a file may have any alpha
+        return LoRALinear(
+            linear, MethodConfig.model_construct(rank=self.layers[name], lora_alpha=self.alphas[name]), generator
+        )
+
+    @torch.no_grad()
+    def merge_into(self, model: PreTrainedModel, named: str) -> None:
+        """Adds every delta to its weight, in place, and replaces the modules that trained as a whole.
+
+        ``model`` is in float32; errors call it ``named``. Raises :class:`CheckpointError` if the adapter belongs to
+        another model; the model may then be partly changed.
+        """
+        self.check_head(model)
+        modules = dict(model.named_modules())
+        parameters = dict(model.named_parameters())
+        self.check_base(parameters.get, named)
+        for name, size in self.layers.items():
+            linear = modules.get(name)
+            if not isinstance(linear, nn.Linear):
+                raise self._of_another_model(f"{name} is not a linear layer of {named}")
+            rank = self._ranks[name]
+            widths = linear.in_features + linear.out_features
+            if self.mora_type is not None and rank and abs(math.sqrt(widths * rank) - size) > _ROUNDING:
+                raise self._of_another_model(f"{name} has an M of size {size}, which does not fit the layer of {named}")
+            with torch.device("meta"):
+                layer = self.layer_on(name, linear)
+            names = [f"{name}.{key}" for key in layer.adapter_names]
+            for each in names:
+                self._check_shape(each, layer.get_parameter(each.rpartition(".")[2]), named)
+            linear.weight += layer.delta_of(*map(self.value, names))
+        for name in self.plain():
+            self._check_shape(name, parameters.get(name), named)
+            parameters[name].copy_(self.value(name))
+
+    def _check_shape(self, name: str, expected: Tensor | None, named: str) -> None:
+        shape = None if expected is None else tuple(expected.shape)
+        if self.shapes[name] != shape:
+            theirs = "nothing of that name" if shape is None else list(shape)
+            raise self._of_another_model(f"{name} is {list(self.shapes[name])}, and {named} has {theirs}")
+
+    def _of_another_model(self, fault: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: {fault}; give the model that the adapter was trained on")
+
+
+def _layer_value(pattern: Mapping[str, float] | None, layer: str, default: T) -> float | T:
+    """The value for a layer: that of the first key that matches it by ``peft.utils.other.get_pattern_key``."""
+    return next((value for key, value in (pattern or {}).items() if _matches(key, layer)), default)
 
 
 def _matches(key: str, layer: str) -> bool:
-    """Whether a key of a pattern matches a layer, by the rule of ``peft.utils.other.get_pattern_key``."""
     return re.match(rf"(.*\.)?({key})$", layer) is not None
 
 
-def _layer_value(pattern: Mapping[str, float], layer: str, default: T) -> float | T:
-    """The value for a layer as in PEFT: that of the first key that matches it."""
-    return next((value for key, value in pattern.items() if _matches(key, layer)), default)
+def base_sample(name: str, weight: Tensor) -> str:
+    """A sample that identifies a base model, as JSON: a weight's name and numbers spread evenly over its elements."""
+    return json.dumps({"name": name, "values": _sample(weight).tolist()})
+
+
+def is_other_base(noted: str, weight_of: Callable[[str], Tensor | None]) -> bool:
+    """Whether a sample is from a model with other weights than these. A damaged sample is ignored."""
+    try:
+        note = json.loads(noted)
+        weight, expected = weight_of(note["name"]), torch.tensor(note["values"], dtype=torch.float32)
+    except (ValueError, KeyError, TypeError):
+        return False
+    return weight is None or not torch.allclose(_sample(weight), expected, rtol=_TOLERANCE, atol=_SMALLEST)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    places = [number * (flat.numel() - 1) // (_SAMPLES - 1) for number in range(_SAMPLES)]
+    return flat[places].float().cpu()

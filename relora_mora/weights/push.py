@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from relora_mora.data.errors import SourceError
 from relora_mora.data.network import endpoint, login_headers
@@ -16,50 +17,49 @@ class PushError(ValueError):
     """The hub cannot be reached or refuses; the message says what to do."""
 
 
-class HubModel:
-    """A model repository that this login may write. It is created if the hub does not have it.
+def open_repository(name: str, *, private: bool) -> Any:
+    """The client of a hub with a model repository that this login may write, which is created if it is not there.
 
     ``private`` also refuses a repository that is there and public. Raises PushError, and SourceError for a login that
     cannot be read.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import get_session, validate_repo_id
 
-    def __init__(self, name: str, *, private: bool) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import get_session, validate_repo_id
+    try:
+        validate_repo_id(name)
+        owner, _ = name.split("/")
+    except (HFValidationError, ValueError) as error:
+        raise PushError(f"--push: got {name!r}, expected OWNER/NAME, a name for a model on the hub") from error
+    remedy = f"check HF_ENDPOINT, that the token may write, and that {owner} is you or your organization"
+    with _named(f"--push: {name}", remedy):
+        token = login_headers(f"--push {name}").get("authorization", "").removeprefix("Bearer ")
+        if not token:
+            raise PushError("--push: not logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token")
+        get_session().timeout = _STALL_SECONDS
+        hub = HfApi(endpoint=endpoint(), token=token)
+        hub.create_repo(name, private=private or None, exist_ok=True)
+        hub.auth_check(name, write=True)
+        if private and not hub.model_info(name).private:
+            raise PushError(f"--private: {name} is there and public; give another name, or change it on the hub")
+    return hub
 
-        self.name = name
-        try:
-            validate_repo_id(name)
-            owner, _ = name.split("/")
-        except (HFValidationError, ValueError) as error:
-            raise PushError(f"--push: got {name!r}, expected OWNER/NAME, a name for a model on the hub") from error
-        remedy = f"check HF_ENDPOINT, that the token may write, and that {owner} is you or your organization"
-        with _named(f"--push: {name}", remedy):
-            token = login_headers(f"--push {name}").get("authorization", "").removeprefix("Bearer ")
-            if not token:
-                raise PushError("--push: not logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token")
-            get_session().timeout = _STALL_SECONDS
-            self._api = HfApi(endpoint=endpoint(), token=token)
-            self._api.create_repo(name, private=private or None, exist_ok=True)
-            self._api.auth_check(name, write=True)
-            if private and not self._api.model_info(name).private:
-                raise PushError(f"--private: {name} is there and public; give another name, or change it on the hub")
 
-    def upload(self, folder: Path, message: str) -> str:
-        """Uploads a folder as one commit and returns its address. A card that is there stays, with its license.
+def upload(hub: Any, name: str, folder: Path, message: str) -> str:
+    """Uploads a folder as one commit and returns its address. A card that is there stays, with its license.
 
-        Weights of an older export are removed. Raises PushError; the folder is unchanged.
-        """
-        with _named(f"--push: {self.name}", f"{folder} is complete: continue with `hf upload {self.name} {folder}`"):
-            commit = self._api.upload_folder(
-                repo_id=self.name,
-                folder_path=folder,
-                commit_message=message,
-                ignore_patterns=[CARD] if self._api.file_exists(self.name, CARD) else None,
-                delete_patterns=_OF_OLDER_EXPORTS,
-            )
-        return str(commit.commit_url)
+    Weights of an older export are removed. Raises PushError; the folder is unchanged.
+    """
+    with _named(f"--push: {name}", f"{folder} is complete: continue with `hf upload {name} {folder}`"):
+        commit = hub.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message=message,
+            ignore_patterns=[CARD] if hub.file_exists(name, CARD) else None,
+            delete_patterns=_OF_OLDER_EXPORTS,
+        )
+    return str(commit.commit_url)
 
 
 @contextlib.contextmanager
@@ -70,8 +70,5 @@ def _named(what: str, remedy: str) -> Iterator[None]:
     except (PushError, SourceError):
         raise
     except Exception as error:
-        raise PushError(f"{what}: {_first_line(error)}; {remedy}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise PushError(f"{what}: {first_line}; {remedy}") from error

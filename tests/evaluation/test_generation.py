@@ -118,17 +118,3 @@ def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path)
             "character_accuracy": whole.agreeing / whole.characters,
             "answers": 4,
         }
-
-
-def test_what_is_called_before_a_batch_may_stop_generation(lm, tokenizer_path):
-    answer = Answer(np.array([5], np.int32), np.array([6], np.int32))
-    calls = iter([None, None])
-    with pytest.raises(StopIteration):
-        generate_answers(
-            lm,
-            3 * [answer],
-            before_batch=lambda: next(calls),
-            tokenizer=load_tokenizer(tokenizer_path),
-            batch_size=1,
-            device=CPU,
-        )

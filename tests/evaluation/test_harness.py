@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.data.records.passages import passage_of
-from relora_mora.evaluation.harness import TaskSettings, _load_tasks, record, table
+from relora_mora.evaluation.harness import TaskSettings, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
+from relora_mora.evaluation.score import ready_to_generate
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
-from tests.evaluation.tools import ROWS
+from relora_mora.weights.load import find_model
+from tests.evaluation.tools import CHOICES, QUESTIONS, own_task
+from tests.tools.adapter_tools import write_adapter_folder
 from tests.tools.checkpoints import write_checkpoint
-from tests.tools.commands import EVALUATE, call, files_end_at, refused
-from tests.tools.data_tools import write_json_lines
-from tests.tools.each import each
-from tests.tools.runs import checkpoint_at
+from tests.tools.commands import EVALUATE, call, refused
+from tests.tools.runs import LLAMA, checkpoint_at
 from tests.tools.shared import needs_lm_eval
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.more
-UUID = TaskSettings(["local_uuid"])
 
 
 @pytest.fixture
@@ -52,35 +51,14 @@ def nats(lm: LlamaForCausalLM, tokenizer: Any, prompt: str, answer: str) -> floa
 
 def test_a_run_keeps_the_scores_of_its_tasks(tmp_path):
     results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
-    for step in (10, 20):
-        record(tmp_path, step, results, UUID)
-    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, TaskSettings(["local_uuid"], num_fewshot=5, limit=100))
+    record(tmp_path, 10, results, TaskSettings(["local_uuid"]))
+    few = TaskSettings(["local_uuid"], num_fewshot=5, limit=100)
+    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, few)
     lines = read_json_lines(RunFolder(tmp_path).tasks)
-    assert [(line["step"], line["num_fewshot"], line["limit"]) for line in lines] == [
-        (10, None, None),
-        (20, None, None),
-        (20, 5, 100),
-    ]
-    assert lines[0]["tasks/local_uuid/exact_match"] == 0.5
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(RunFolder(tmp_path).tensorboard)).Reload()
-    assert {point.step: point.value for point in events.Scalars("tasks/local_uuid/character_accuracy")} == {
-        10: 0.75,
-        20: 0.75,
-    }
-    assert [point.value for point in events.Scalars("tasks/local_uuid/exact_match/5-shot/first-100")] == [0.25]
+    assert [(line["step"], line["num_fewshot"], line["limit"]) for line in lines] == [(10, None, None), (20, 5, 100)]
+    assert [line["tasks/local_uuid/exact_match"] for line in lines] == [0.5, 0.25]
+    assert few.tagged(results)["tasks/local_uuid/exact_match/5-shot/first-100"] == 0.5
     assert table(results).splitlines()[1].split() == ["local_uuid", "exact_match", "0.5000"]
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_score_that_tensorboard_cannot_write_is_kept_and_reported_once(tmp_path):
-    before = set(threading.enumerate())
-    with files_end_at(1000), pytest.raises(OSError, match=f": '{RunFolder(tmp_path).tensorboard}'"):
-        record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, UUID)
-    assert [line["step"] for line in read_json_lines(RunFolder(tmp_path).tasks)] == [2]
-    for writing in set(threading.enumerate()) - before:
-        writing.join()  # as the thread ends, pytest has its exception
 
 
 def test_options_without_effect_are_refused(model):
@@ -89,7 +67,7 @@ def test_options_without_effect_are_refused(model):
         refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: only used for text")
     refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: only used with --tasks")
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0; ")
-    refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: hellaswag has no local task")
+    refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: only local tasks use it")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
@@ -102,29 +80,20 @@ def test_without_lm_eval_the_message_says_how_to_install_it(model):
 
 @needs_lm_eval
 def test_scores_of_tasks_equal_a_count_by_hand(model, data):
-    answer = call(EVALUATE, model, f"--tasks={','.join(LOCAL_TASKS)}", f"--task_data={data}")
+    answer = call(EVALUATE, model, f"--tasks={own_task(data)},{','.join(LOCAL_TASKS)}", f"--task_data={data}")
     assert answer.code == 0, answer.err
     found = json.loads(answer.out.splitlines()[-1])["tasks"]
     lm = LlamaForCausalLM.from_pretrained(model).eval()
     tokenizer = load_tokenizer(model)
-    prompts = {
-        "local_pubmedqa": lambda row: f"Abstract: One.\nTwo.\nQuestion: {row['QUESTION']}\nAnswer:",
-        "local_medqa": lambda row: "\n".join(
-            [f"Question: {row['question']}", *(f"{key}. {text}" for key, text in row["options"].items()), "Answer:"]
-        ),
-    }
-    choices = {"local_pubmedqa": lambda row: ["yes", "no", "maybe"], "local_medqa": lambda row: list(row["options"])}
-    wanted = {"local_pubmedqa": "final_decision", "local_medqa": "answer_idx"}
-    for name, prompt in prompts.items():
-        best = [
-            max(choices[name](row), key=lambda c, r=row: nats(lm, tokenizer, prompt(r), f" {c}")) for row in ROWS[name]
-        ]
-        right = sum(mine == row[wanted[name]] for mine, row in zip(best, ROWS[name], strict=True))
-        assert found[name] == {"acc": right / 4}
+    right = 0
+    for row in QUESTIONS:
+        chances = {each: nats(lm, tokenizer, f"Question: {row['question']}\nAnswer:", f" {each}") for each in CHOICES}
+        right += max(CHOICES, key=lambda each, chances=chances: chances[each]) == row["answer"]
+    assert found["own"]["acc"] == right / 4
     assert found["local_gsm8k"] == {"exact_match/strict": 0.0, "exact_match/flexible": 0.0}
     assert found["local_uuid"]["exact_match"] == 0.0
     assert 0 <= found["local_uuid"]["character_accuracy"] < 0.5
-    assert "local_medqa" in answer.err
+    assert "local_uuid" in answer.err
     assert "acc" in answer.err
 
 
@@ -148,57 +117,22 @@ def test_a_tokenizer_or_task_that_does_not_fit_the_model_is_refused(model, data,
     refused(call(EVALUATE, tmp_path / "none", "--tasks=local_uuid", "--task_data=nowhere"), "nowhere cannot be read")
 
 
-@needs_lm_eval
-def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
-    """Its answers end with the tokenizer's EOS, 256, even if the model's config names another token, here 2."""
-    save_bytes_tokenizer(tmp_path / "tokenizer")
-    tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    sizes = {"hidden_size": 272, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=512, eos_token_id=2, **sizes))
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            parameter.fill_(1.0 if "norm" in name else 0.0)
-        lm.model.embed_tokens.weight[:, :257] = torch.eye(257)
-        for before, after in ("ab", "cd", "de", "ef", "fg", "zz"):  # after each token comes one other
-            lm.lm_head.weight[tokenizer(after).input_ids[0], tokenizer(before).input_ids[0]] = 1.0
-        for last in "bg":
-            lm.lm_head.weight[256, tokenizer(last).input_ids[0]] = 1.0
-        lm.lm_head.weight[tokenizer("z").input_ids[0], 256] = 1.0
-    pairs = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "defg"}]
-    write_json_lines(tmp_path / "uuid.jsonl", pairs)
-    checkpoint = write_checkpoint(checkpoint_at(tmp_path / "run", 5), lm, tmp_path / "tokenizer")
+def test_a_run_and_an_adapter_on_it_end_answers_as_their_exports(tmp_path, tokenizer_path):
+    """With the tokenizer's EOS, even if the model's config names another token."""
+    lm = LlamaForCausalLM(LlamaConfig(**LLAMA | {"eos_token_id": 7}))
+    checkpoint = write_checkpoint(checkpoint_at(tmp_path / "run", 5), lm, tokenizer_path)
     export(checkpoint, tmp_path / "export")
-    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        json.dumps(adapter | {"base_model_name_or_path": str(checkpoint)})
-    )
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{name}.lora_A.weight": torch.zeros(2, 272), f"{name}.lora_B.weight": torch.zeros(272, 2)}
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    for given in (checkpoint, tmp_path / "export", tmp_path / "adapter"):
-        answer = call(EVALUATE, given, "--tasks=local_uuid", f"--task_data={tmp_path}")
-        found = json.loads(answer.out.splitlines()[-1])["tasks"]["local_uuid"]
-        assert found["exact_match"] == 1.0, given
+    factors = {"A": torch.zeros(2, 24), "B": torch.zeros(24, 2)}
+    adapter = write_adapter_folder(tmp_path / "adapter", {"base_model_name_or_path": str(checkpoint)}, **factors)
+    file = adapter / "adapter_model.safetensors"
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({name.replace("base_model.model.model.q", layer): x for name, x in load_file(file).items()}, file)
+    for given in (checkpoint, tmp_path / "export", adapter):
+        ready, tokenizer = ready_to_generate(find_model(given), torch.float32)
+        assert ready.generation_config.eos_token_id == tokenizer.eos_token_id != 7
 
 
 def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
     asked = str(local_task("local_metamath", str(data), list)["doc_to_text"])
     learned = passage_of("alpaca", {"instruction": "{{question}}", "output": "x"})
     assert asked + "x" == learned.text
-
-
-class _Manager:
-    """Loads what lm-eval's manager would: a group of two tasks, or one of them by itself."""
-
-    def load(self, names: list[str]) -> dict[str, Any]:
-        tasks = {"history": "the task of history", "physics": "the task of physics"}
-        if names == ["all"]:
-            return {"groups": {"all": "the group"}, "tasks": tasks, "group_map": {"all": list(tasks)}}
-        return {"groups": {}, "tasks": {name: tasks[name] for name in names}, "group_map": {}}
-
-
-@each("names", [["all", "history"], ["history", "all"]])
-def test_a_task_that_is_also_in_a_group_runs_once(names):
-    """lm-eval refuses one task twice, with a traceback and when all data are there."""
-    assert _load_tasks(_Manager(), {name: name for name in names}) == ["the group"]

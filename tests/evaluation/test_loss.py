@@ -32,7 +32,7 @@ from relora_mora.evaluation.loss import (
 )
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.weights.load import LoadedModel, load_any_model
+from relora_mora.weights.load import ModelSource, find_model
 from tests.tools.any_model import any_config
 from tests.tools.commands import EVALUATE, Answer, call, refused
 from tests.tools.data_tools import data_config, eval_set, write_shard
@@ -108,40 +108,44 @@ def test_the_text_that_a_command_scores():
     assert parse_typed("[{source: b, text_column: body}, c]", "--data") == [record, "c"]
 
 
+def _source(data: DataConfig) -> ModelSource:
+    return ModelSource(lambda dtype: _gpt2(), _gpt2().config, Path("none"), data, "a run")
+
+
 def test_text_is_read_as_in_the_run_but_for_what_the_command_sets():
     commits = ["a" * 40, "b" * 40]
     own = {"c4": "allenai/c4", "here": "a.jsonl"}
     noted = {"other/set@main": commits[1]}
     data = DataConfig(train="allenai/c4", validation=own, revision=commits[0], commits=noted, document_mask=True)
-    loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
-    own_settings = loaded.data_settings(None, {})
+    source = _source(data)
+    own_settings = source.data_settings(None, {})
     assert (own_settings.validation, own_settings.document_mask) == (data.validation, True)
     for given in (None, {"c4": "allenai/c4"}, "a.jsonl"):
-        settings = loaded.data_settings(given, {"data.sequence_length": "64"})
+        settings = source.data_settings(given, {"data.sequence_length": "64"})
         assert (settings.revision, settings.sequence_length) == (commits[0], 64)
-    asked = loaded.data_settings("other/set", {"data.revision": "main"})
+    asked = source.data_settings("other/set", {"data.revision": "main"})
     assert with_commits(asked).commits["other/set@main"] == commits[1]
     rows = {"data.records.kind": "question", "data.packing": "none"}
-    assert not loaded.data_settings(["a.jsonl"], rows).document_mask
+    assert not source.data_settings(["a.jsonl"], rows).document_mask
 
 
 def test_conversations_of_a_run_use_the_template_saved_with_its_tokenizer():
     """The file may be another by now. Another tokenizer has no template of the run."""
     records = {"kind": "messages", "template": "chat.jinja"}
     data = DataConfig(train="a.jsonl", validation="b.jsonl", records=records)
-    loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
-    assert loaded.data_settings(None, {}).records.template is None
-    assert loaded.data_settings(None, {}, own_tokenizer=False).records.template == "chat.jinja"
+    source = _source(data)
+    assert source.data_settings(None, {}).records.template is None
+    assert source.data_settings(None, {}, own_tokenizer=False).records.template == "chat.jinja"
 
 
 @each("own", [{"kind": "messages", "template": "chatml"}, {"kind": "alpaca", "columns": {"output": "a"}}])
 def test_records_of_another_kind_do_not_use_the_settings_of_the_run(own):
     data = DataConfig(train="a.jsonl", validation="b.jsonl", records=own)
-    loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
+    source = _source(data)
     for kind in ("question", "text"):
-        asked = loaded.data_settings("c.jsonl", {"data.records.kind": kind})
+        asked = source.data_settings("c.jsonl", {"data.records.kind": kind})
         assert asked.records == RecordsConfig(kind=kind)
-    assert loaded.data_settings("c.jsonl", {"data.records.kind": own["kind"]}).records == data.records
+    assert source.data_settings("c.jsonl", {"data.records.kind": own["kind"]}).records == data.records
 
 
 def _llama(**changes) -> LlamaForCausalLM:
@@ -187,12 +191,12 @@ def test_other_content_of_a_foreign_folder_is_reported(tmp_path, caplog):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
     with caplog.at_level("WARNING"):
-        load_any_model(folder, torch.float32)
+        find_model(folder).read(torch.float32)
     assert "these weights do not belong to its model" in caplog.text
     assert "model.layers.1.mlp.up_proj.weight" in caplog.text
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="a PEFT adapter next to its model"):
-        load_any_model(folder, torch.float32)
+        find_model(folder).read(torch.float32)
 
 
 def _bert(*, is_decoder: bool) -> BertLMHeadModel:

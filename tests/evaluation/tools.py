@@ -1,21 +1,15 @@
-"""Rows for the tasks on local files."""
+"""Rows for the tasks on local files, and a task of one's own."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from examples.uuid_pairs import uuid_pairs
+from tests.tools.data_tools import write_json_lines
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "local_pubmedqa": [
-        {"QUESTION": f"Is it {number}?", "CONTEXTS": ["One.", "Two."], "final_decision": answer}
-        for number, answer in enumerate(["yes", "no", "maybe", "yes"])
-    ],
-    "local_medqa": [
-        {"question": f"Which {number}?", "options": {"A": "a", "B": "b", "C": "c", "D": "d"}, "answer_idx": answer}
-        for number, answer in enumerate("ABC")
-    ]
-    + [{"question": "Which 3?", "options": {"D": "d", "E": "e"}, "answer_idx": "E"}],
     "local_gsm8k": [{"question": "How many?", "answer": "Two and two.\n#### 1,004"}],
     "local_metamath": [
         {"question": "How many?", "answer": "#### 1,004"},
@@ -23,3 +17,23 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "local_uuid": list(uuid_pairs(3, 0)),
 }
+CHOICES = ["yes", "no", "maybe"]
+QUESTIONS = [{"question": f"Is it {number}?", "answer": answer} for number, answer in enumerate([*CHOICES, "yes"])]
+
+
+def own_task(folder: Path) -> Path:
+    """A task in lm-eval's format, in a file of the user."""
+    settings = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(write_json_lines(folder / "questions.jsonl", QUESTIONS))}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer",
+        "doc_to_choice": CHOICES,
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+    }
+    path = folder / "own.yaml"
+    path.write_text(json.dumps(settings))
+    return path

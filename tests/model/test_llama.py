@@ -1,4 +1,4 @@
-"""Model settings, seeded weights, and the loss in chunks compared with plain cross-entropy."""
+"""A LLaMA's hidden states, documents and initial values, and the loss in chunks compared with plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import ModelConfig
+from relora_mora.adapters.inject import inject
+from relora_mora.config.schema import MethodConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.kernels import ops
-from relora_mora.model.causal import LossModel, build_model
-from relora_mora.model.config import check_length, read_model_config
+from relora_mora.model.causal import LossModel, build_model, empty_model, initial_values, put_values
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.tools.each import each
-from tests.tools.tiny import batch, tiny_config, tiny_llama
+from tests.tools.tiny import batch, tiny_llama
 
 
 @each("chunk", [1, 3, 7, 100])
@@ -119,20 +118,34 @@ def test_a_document_in_a_sequence_has_the_same_loss_as_by_itself(attention):
         assert abs(model(ids, inside).item() - together) > 1e-5
 
 
-def test_a_file_that_is_not_a_config_is_named(tmp_path):
-    path = tmp_path / "model.json"
-    with pytest.raises(ConfigError, match="cannot read it"):
-        read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
-    with pytest.raises(ConfigError, match="did you mean llama_7b"):
-        read_model_config(ModelConfig(config="llama_8b"))
-    path.write_text("[1]")
-    with pytest.raises(ConfigError, match=r"holds a list, expected an object; give the config\.json"):
-        read_model_config(ModelConfig(config=str(path)))
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        read_model_config(ModelConfig(config=str(path)))
+# ---- initial values --------------------------------------------------------------------------------------------------
 
 
-def test_sequences_longer_than_the_positions_are_refused():
-    with pytest.raises(ConfigError, match=r"data.sequence_length: 16 is more than the model's max_position_embeddings"):
-        check_length(tiny_llama(max_position_embeddings=8), tiny_config().data.sequence_length, "unused.json")
+def test_a_weight_depends_on_nothing_but_seed_name_and_shape():
+    generator = torch.random.get_rng_state()
+    small, large = (
+        dict(build_model(tiny_llama(num_hidden_layers=layers), seed=7).named_parameters()) for layers in (1, 3)
+    )
+    assert all(torch.equal(value, large[name]) for name, value in small.items())
+    drawn = [value for value in large.values() if value.ndim == 2]
+    firsts = {value.flatten()[0].item() for value in drawn}
+    assert len(firsts) == len(drawn)  # no two weights start with the same number
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert not torch.equal(large["lm_head.weight"], build_model(tiny_llama(), seed=8).lm_head.weight)
+
+
+@each("tied", [False, True])
+def test_values_are_filled_in_next_to_adapters(tied):
+    model_config = tiny_llama(tie_word_embeddings=tied)
+    lm = empty_model(model_config)
+    inject(lm, MethodConfig(name="remora", rank=3), seed=0)
+    empty = [name for name, p in lm.named_parameters() if p.is_meta]
+    put_values(lm, initial_values(empty_model(lm.config), empty, 5))
+    assert not any(tensor.is_meta for tensor in [*lm.parameters(), *lm.buffers()])
+    assert (lm.lm_head.weight is lm.model.embed_tokens.weight) == tied
+    plain = dict(build_model(model_config, seed=5).named_parameters())
+    assert set(empty) == set(plain)
+    for name, value in plain.items():
+        assert torch.equal(lm.get_parameter(name), value)
+        # what inject() froze stays frozen
+        assert lm.get_parameter(name).requires_grad == (".layers." not in name or "norm" in name)

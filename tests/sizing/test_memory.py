@@ -19,8 +19,7 @@ from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.kernels import reference
 from relora_mora.model.causal import LossModel, build_model
-from relora_mora.model.config import read_model_config
-from relora_mora.model.config_keys import LLAMA_FAMILY
+from relora_mora.model.config import LLAMA_FAMILY, read_model_config
 from relora_mora.optim.groups import count_parameters, set_trainable
 from relora_mora.sizing.fit import check_memory, choose_forms
 from relora_mora.sizing.measure import LiveBytes, measure

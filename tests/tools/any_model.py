@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from relora_mora.model.config import parse_model_config
-from relora_mora.model.config_keys import LLAMA_FAMILY, architecture_for
+from relora_mora.model.config import LLAMA_FAMILY, family_of, parse_model_config
 
 # the number of kinds of linears in their layers
 FAMILIES = {"gemma2": 7, "olmo2": 7, "phi3": 4, "cohere2": 7, "gpt_neox": 4, "mixtral": 4, "gpt_oss": 4, "opt": 6}
@@ -32,9 +31,7 @@ WIDER = {"hidden_size": 128, "n_embd": 128, "head_dim": 32}
 
 def any_config(kind: str, *, wide: bool = False, **changes: Any) -> PreTrainedConfig:
     """A config of this ``model_type`` with two small layers and, if the family has them, short windows."""
-    found = architecture_for(kind)
-    assert found is not None
-    defaults = found.config_class().to_dict()
+    defaults = family_of({"model_type": kind}, kind).config_class().to_dict()
     sizes = SIZES | (WIDER if wide else {})
     follow = [key for key, value in defaults.items() if value is None and key != "num_key_value_heads"]
     own = {key: value for key, value in sizes.items() if key in defaults and key not in follow}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, layer_generator
 from relora_mora.config.schema import Config
-from relora_mora.model.causal import initial_values
+from relora_mora.model.causal import empty_model, initial_values
 from relora_mora.model.config import read_model_config
 from relora_mora.optim.groups import group_rates, make_schedule, matrix_rules, parameter_groups, set_trainable
 from relora_mora.optim.rules import MatrixState, shapes_of
@@ -43,7 +43,7 @@ class PlainRun:
         seed = config.train.seed
         lm = self.lm = AutoModelForCausalLM.from_config(model_config, attn_implementation="eager")
         with torch.no_grad():
-            values = initial_values(lm, [name for name, _ in lm.named_parameters()], seed)
+            values = initial_values(empty_model(model_config), [name for name, _ in lm.named_parameters()], seed)
             for name, parameter in lm.named_parameters():
                 parameter.copy_(values[name])
         if self.method.uses_adapters:

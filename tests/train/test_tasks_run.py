@@ -15,7 +15,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.evaluation.harness import Ranks, _shared
 from relora_mora.evaluation.local_tasks import HarnessError
-from tests.evaluation.tools import ROWS
+from tests.evaluation.tools import ROWS, own_task
 from tests.tools.commands import EVALUATE, call
 from tests.tools.data_tools import write_json_lines
 from tests.tools.each import each
@@ -23,7 +23,7 @@ from tests.tools.runs import LLAMA, checkpoint_at, metrics, run_config, tensors,
 from tests.tools.shared import needs_lm_eval
 
 pytestmark = [pytest.mark.distributed, pytest.mark.more]
-TASKS = {"tasks": ["local_pubmedqa", "local_uuid"], "tasks_every_steps": 2, "every_steps": 3, "limit": 3}
+TASKS = {"tasks_every_steps": 2, "every_steps": 3, "limit": 3}
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,15 @@ def inputs(tmp_path_factory) -> Path:
     (folder / "model.json").write_text(
         json.dumps(LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True})
     )
-    for name in TASKS["tasks"]:
-        write_json_lines(folder / f"{name.removeprefix('local_')}.jsonl", ROWS[name])
+    write_json_lines(folder / "uuid.jsonl", ROWS["local_uuid"])
+    own_task(folder)
     return folder
 
 
 def scored(inputs: Path, tokenizer: str, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
     """Six steps; the rows of tasks are an odd number for two ranks."""
-    sections = {"eval": {**TASKS, "task_data": str(inputs)}, "train": {}, **sections}
+    tasks = {"tasks": [str(inputs / "own.yaml"), "local_uuid"], "task_data": str(inputs)}
+    sections = {"eval": {**TASKS, **tasks}, "train": {}, **sections}
     sections["train"] = {"steps": 6, **sections["train"]}
     return run_config(inputs, tokenizer, run_dir, world_size, **sections)
 
@@ -64,7 +65,7 @@ def test_tasks_are_scored_as_by_evaluate_on_any_ranks_and_do_not_affect_training
     found = scores(tmp_path / "with")
     assert list(found) == [0, 2, 4, 6]
     assert [line["step"] for line in metrics(tmp_path / "with") if "eval/loss" in line] == [0, 3, 6]
-    options = (f"--tasks={','.join(TASKS['tasks'])}", f"--task_data={inputs}", "--limit=3")
+    options = (f"--tasks={inputs}/own.yaml,local_uuid", f"--task_data={inputs}", "--limit=3")
     for step in (2, 6):
         answer = call(EVALUATE, checkpoint_at(tmp_path / "with", step), *options)
         alone = json.loads(answer.out.splitlines()[-1])["tasks"]
@@ -135,7 +136,6 @@ def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
 ):
     # without data_files, datasets would search all files below the working directory
     (inputs / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: none.jsonl}\n")
-    own_task(inputs)
     settings = {**settings, "tasks": [name.format(inputs=inputs) for name in settings["tasks"]]}
     best = {"keep_best": settings.pop("keep_best", None)}
     config = scored(inputs, tokenizer_path, tmp_path / "run", eval=settings, checkpoint=best)
@@ -144,27 +144,9 @@ def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def own_task(inputs: Path) -> Path:
-    """A task in lm-eval's format, in a file of the user."""
-    settings = {
-        "task": "own",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(inputs / "pubmedqa.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{QUESTION}}",
-        "doc_to_target": "final_decision",
-        "doc_to_choice": ["yes", "no", "maybe"],
-        "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
-    }
-    path = inputs / "own.yaml"
-    path.write_text(json.dumps(settings))
-    return path
-
-
 @needs_lm_eval
 def test_a_file_of_lm_evals_format_is_a_task(pools, inputs, tokenizer_path, tmp_path):
-    settings = {"tasks": [str(own_task(inputs))], "tasks_every_steps": 0}
+    settings = {"tasks": [str(inputs / "own.yaml")], "tasks_every_steps": 0}
     pools(1)(train, scored(inputs, tokenizer_path, tmp_path / "run", eval=settings))
     assert {step: sorted(found) for step, found in scores(tmp_path / "run").items()} == {
         step: ["tasks/own/acc", "tasks/own/acc_norm"] for step in (0, 6)

@@ -224,7 +224,7 @@ def test_all_differences_are_named_together(refuses, tmp_path):
 @each(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "architectures is ['Qwen2ForCausalLM'], expected classes such as GPT2"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2' in that model and 'llama' in model.config"),
         ({"model_type": "gtp2"}, "model_type is 'gtp2', expected a causal language model of transformers"),
         ({}, "model_type is 'qwen2' in that model and 'llama' in model.config"),
         (None, "it has no model_type; set it there"),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 
 from relora_mora.weights.export import export
 from relora_mora.weights.generation import generation_file
-from tests.tools.checkpoints import write_checkpoint
+from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EXPORT, call
 from tests.tools.runs import checkpoint_at
 
@@ -28,9 +28,10 @@ def card_of(folder: Path) -> tuple[str, dict]:
 def test_a_card_has_the_figures_of_the_run_folder_and_no_others(run: Path, tmp_path: Path) -> None:
     export(checkpoint_at(run, 5), tmp_path / "bare")
     text, header = card_of(tmp_path / "bare")
-    assert "perplexity" not in text and "parameters" not in text
+    assert "perplexity" not in text and "parameters" not in text and "text seen" not in text
     assert "license" not in header and "language" not in header and "base_model" not in header
     assert "# license:" in text and "**License:**" in text
+    rewrite_manifest(checkpoint_at(run, 5), lambda values: values["counters"].update(tokens=40960))
     (run / "starts.jsonl").write_text(json.dumps({"parameters": {"total": 4321, "trainable": 321}}) + "\n")
     lines = [
         {"step": step, "eval/a/perplexity": 100 - step, "eval/a/bits_per_byte": 1 / (1 + step)} for step in (0, 4, 9)
@@ -39,6 +40,7 @@ def test_a_card_has_the_figures_of_the_run_folder_and_no_others(run: Path, tmp_p
     export(run, tmp_path / "out")
     text, _ = card_of(tmp_path / "out")
     assert "| parameters | 4,321, of which 321 trained |" in text
+    assert "| training text seen | 40,960 tokens |" in text
     assert "at step 4" in text and "| a | 96.00 | 0.2000 |\n\n" in text, "not of step 9, which came later"
 
 

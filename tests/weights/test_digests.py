@@ -55,15 +55,11 @@ def test_a_run_is_represented_by_its_newest_checkpoint(tmp_path: Path):
     assert _digest(run) == _digest(run / "checkpoints" / "step-00000009") != _digest(tmp_path / "aside")
 
 
-def test_a_missing_path_has_no_digest(tmp_path: Path, model: Path):
+def test_every_setting_that_exists_has_a_digest(tmp_path: Path, model: Path):
     adapter = _write(tmp_path / "adapter", **{"adapter_config.json": "{}"})
+    given = {"config": str(model / "config.json"), "init_from": str(model), "adapter": str(adapter)}
+    assert set(model_digests(ModelConfig(**given))) == {f"model.{name}" for name in given}
     assert model_digests(ModelConfig(init_from=str(tmp_path / "none"), config=str(tmp_path / "none.json"))) == {}
-    assert set(model_digests(ModelConfig(init_from=str(model), adapter=str(adapter)))) == {
-        "model.init_from",
-        "model.adapter",
-    }
-    (tmp_path / "model.json").write_text("{}")
-    assert set(model_digests(ModelConfig(config=str(tmp_path / "model.json")))) == {"model.config"}
 
 
 def test_a_run_is_compared_with_its_newest_start_that_read_weights(tmp_path: Path, model: Path):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import stat
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from relora_mora.checkpoint.layout import file_entry
+from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import _name_rope, export, merged_model
 from relora_mora.weights.foreign import foreign_config
+from relora_mora.weights.generation import generation_config
 from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
@@ -54,13 +54,13 @@ def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
 
 
 # how a template ends an answer, and the token at which generation stops besides EOS
-ENDS = {
-    "chatml": ("{{ m.content }}<|im_end|>\n", "<|im_end|>"),
-    "a space before it": ("{{ m.content }} <|im_end|>", "<|im_end|>"),
-    "eos": ("{{ m.content + eos_token }}", None),
-    "text": ("{{ m.content }} the end", None),
-    "refuses": ("{{ raise_exception('no') }}", None),
-}
+ENDS = [
+    ("{{ m.content }}<|im_end|>\n", "<|im_end|>"),
+    ("{{ m.content }} <|im_end|>", "<|im_end|>"),
+    ("{{ m.content + eos_token }}", None),
+    ("{{ m.content }} the end", None),
+    ("{{ raise_exception('no') }}", None),
+]
 
 
 def test_plain_generate_stops_at_further_ends_that_the_start_lists(hf_tokenizer: Path, tmp_path: Path) -> None:
@@ -78,32 +78,13 @@ def test_plain_generate_stops_at_further_ends_that_the_start_lists(hf_tokenizer:
     assert lm.generate(torch.tensor([[5]]), max_new_tokens=5, do_sample=False).tolist() == [[5, end]]
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("end", ENDS)
-def test_plain_generate_stops_where_the_template_ends_an_answer(hf_tokenizer: Path, tmp_path: Path, end: str) -> None:
-    written, stop = ENDS[end]
+@each("written,stop", ENDS)
+def test_generate_stops_where_the_template_ends_an_answer(hf_tokenizer: Path, written: str, stop: str | None) -> None:
     tokenizer = load_tokenizer(hf_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = f"{{% for m in messages %}}{written}{{% endfor %}}"
-    save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    lm = _always(tokenizer, stop or "<|im_end|>")
-    export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "tokenizer"), tmp_path / "out")
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    plain = AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = torch.tensor([plain("the rank", add_special_tokens=False).input_ids])
-    generated = lm.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-    assert plain.decode(generated) == "<|im_end|>" * (1 if stop else 5)
-    ends = lm.generation_config.eos_token_id
+    ends = generation_config(tokenizer, LlamaConfig(**LLAMA), None).eos_token_id
     assert ends == ([300, tokenizer.convert_tokens_to_ids(stop)] if stop else 300)
-
-
-def test_files_of_an_export_have_the_mode_of_the_umask(run: Path, tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        export(run, tmp_path / "out")
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,7 +96,7 @@ def test_an_export_has_the_logits_of_the_merged_model(
     ids = torch.arange(64, device=device).reshape(2, 32)
     with torch.no_grad():
         assert lm.dtype == dtype
-        assert torch.equal(lm(ids).logits, merged_model(checkpoint, dtype).to(device)(ids).logits)
+        assert torch.equal(lm(ids).logits, merged_model(CheckpointReader(checkpoint), dtype).to(device)(ids).logits)
         if dtype == torch.float32:
             assert torch.equal(lm(ids).logits, copy.deepcopy(model).to(device)(ids).logits)
 
@@ -174,30 +155,15 @@ def test_an_export_takes_neither_code_nor_a_model_from_a_manifest(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_config": {}}, "does not hold the model it names"),
-        ({"model_config": LLAMA | {"hidden_size": "x"}}, "transformers cannot build a model from its model_config"),
-        ({"model_config": LLAMA | {"hidden_act": "evil"}}, "transformers cannot build a model from its model_config"),
-        (
-            {"model_config": LLAMA | {"num_hidden_layers": 3}},
-            "model.layers.2.input_layernorm.weight is missing, expected [24]",
-        ),
+        ({"hidden_act": "evil"}, "transformers cannot build a model from its model_config"),
+        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing, expected [24]"),
     ],
 )
 def test_a_manifest_with_another_model_gives_one_message(
     checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
-    rewrite_manifest(checkpoint, lambda values: values.update(change))
+    rewrite_manifest(checkpoint, lambda values: values["model_config"].update(change))
     refused(call(EXPORT, checkpoint, tmp_path / "out"), str(checkpoint), says)
-
-
-def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_path(checkpoint: Path, tmp_path: Path) -> None:
-    path = checkpoint / "tokenizer" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
-    rewrite_manifest(
-        checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))})
-    )
-    refused(call(EXPORT, checkpoint, tmp_path / "out"), f"{checkpoint / 'tokenizer'}: transformers cannot save it")
-    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_a_type_cannot_hold_are_refused(

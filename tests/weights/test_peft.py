@@ -19,7 +19,7 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
-from relora_mora.weights.load import load_any_model, load_model
+from relora_mora.weights.load import find_model
 from relora_mora.weights.peft import AdapterFolder, base_sample, is_other_base
 from tests.tools.adapter_tools import (
     ADAPTERS_ONLY,
@@ -65,8 +65,8 @@ def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, n
     assert (ours - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
     assert (logits(theirs) - ours).abs().max() <= (0 if method["name"] == "lora" else ROUNDING)
     assert (logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged")) - ours).abs().max() < ROUNDING
-    assert logits(load_model(tmp_path / "peft", torch.float32).model).equal(
-        logits(load_any_model(tmp_path / "merged", torch.float32).model)
+    assert logits(find_model(tmp_path / "peft").read(torch.float32)).equal(
+        logits(find_model(tmp_path / "merged").read(torch.float32))
     ) == (name != "mora6")  # its rotations are rounded once more
     assert AutoTokenizer.from_pretrained(tmp_path / "peft").vocab_size == 300
     modules = {"model.embed_tokens", "lm_head", "model.norm", "input_layernorm", "post_attention_layernorm"}
@@ -91,7 +91,7 @@ def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp
     export(checkpoint, tmp_path / form, form=form)
 
     def ends(folder):
-        return load_model(folder, torch.float32).model.generation_config.eos_token_id
+        return find_model(folder).read(torch.float32).generation_config.eos_token_id
 
     expected = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert ends(tmp_path / "merged") == ends(tmp_path / form) == expected != ends(base)
@@ -107,7 +107,7 @@ def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, t
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
     assert theirs.peft_config["default"].lora_dropout == 0.1
     assert (logits(theirs) - logits(lm)).abs().max() < ROUNDING
-    assert (logits(load_model(tmp_path / "peft", torch.float32).model) - logits(lm)).abs().max() < ROUNDING
+    assert (logits(find_model(tmp_path / "peft").read(torch.float32)) - logits(lm)).abs().max() < ROUNDING
 
 
 @each(
@@ -130,27 +130,19 @@ def test_an_adapter_saved_by_peft_computes_the_same_here(peft, base, tokenizer_p
             if parameter.requires_grad:
                 parameter += 0.02
     theirs.save_pretrained(tmp_path / "theirs")
-    loaded = load_model(tmp_path / "theirs", torch.float32)  # whose base its config names
-    assert loaded.checkpoint is None, "its scores are not its base's"
+    source = find_model(tmp_path / "theirs")  # whose base its config names
+    assert source.checkpoint is None, "its scores are not its base's"
     assert (logits(theirs) - logits(LlamaForCausalLM.from_pretrained(base))).abs().max() > 0.1
-    assert (logits(loaded.model) - logits(theirs)).abs().max() < ROUNDING
+    assert (logits(source.read(torch.float32)) - logits(theirs)).abs().max() < ROUNDING
 
 
-@each(
-    "given",
-    [
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-        {"target_modules": ["q_proj", "lm_head"]},
-    ],
-)
-def test_tied_embeddings_without_the_head_are_refused(peft, tmp_path, given):
+def test_tied_embeddings_without_the_head_are_refused(peft, tmp_path):
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
-    model = peft.get_peft_model(
-        LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **given)
-    )
-    model.save_pretrained(tmp_path / "theirs", save_embedding_layers="modules_to_save" in given)
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
     with pytest.raises(CheckpointError, match="changes the embeddings or the head of a model that ties them"):
-        load_model(tmp_path / "theirs", torch.float32)
+        find_model(tmp_path / "theirs").read(torch.float32)
 
 
 def test_a_whole_linear_keeps_its_frozen_bias(peft, tokenizer_path, tmp_path):
@@ -162,7 +154,7 @@ def test_a_whole_linear_keeps_its_frozen_bias(peft, tokenizer_path, tmp_path):
     kept = {name.split(".", 6)[6] for name in names if ".0.self_attn.k_proj." in name}
     assert kept == {"k_proj.weight", "k_proj.bias"}
     theirs = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
-    assert (logits(theirs) - logits(load_model(folder, torch.float32).model)).abs().max() < ROUNDING
+    assert (logits(theirs) - logits(find_model(folder).read(torch.float32))).abs().max() < ROUNDING
 
 
 # ---- the released MoRA ---------------------------------------------------------------------------------------------
@@ -195,7 +187,7 @@ def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, na
     assert all(read.value(f"{layer}.mora_M").equal(module.mora_M) for layer, module in layers.items())
     export(tmp_path / "run", tmp_path / "merged")
     merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"))
-    assert logits(load_model(folder, torch.float32).model).equal(merged)
+    assert logits(find_model(folder).read(torch.float32)).equal(merged)
 
 
 def test_the_written_rank_gives_the_size_of_every_square():
@@ -251,8 +243,8 @@ def test_in_half_precision_the_model_equals_the_merged_export(base, tokenizer_pa
     """Also between the weights: rotary frequencies stay in float32."""
     folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ADAPTERS_ONLY, "peft")
     export(tmp_path / "run", tmp_path / "merged")
-    found = load_model(folder, dtype).model
-    expected = load_any_model(tmp_path / "merged", dtype).model
+    found = find_model(folder).read(dtype)
+    expected = find_model(tmp_path / "merged").read(dtype)
     for (name, value), (_, other) in zip(found.named_buffers(), expected.named_buffers(), strict=True):
         assert torch.equal(value, other) and value.dtype == torch.float32, name
     assert torch.equal(logits(found), logits(expected))

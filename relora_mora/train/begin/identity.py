@@ -11,8 +11,7 @@ from relora_mora.config.data import TextSource
 from relora_mora.config.registry import METHODS, RULE_SETTINGS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import OLD_DEFAULTS
 from relora_mora.config.schema import DECODER_LINEARS, SETTINGS, lanes_of, may_change
-from relora_mora.model.config import keys_with, stored_model_config
-from relora_mora.model.config_keys import FUNCTION, TRAINING
+from relora_mora.model.config import compared_keys, stored_model_config
 
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
@@ -74,7 +73,7 @@ def changes_since(saved: Identity, now: Identity) -> Iterator[Change]:
     if shares.keys() == after.keys() and not all(math.isclose(shares[name], after[name]) for name in shares):
         shown = (f"{name} {shares[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items())
         yield Change(f"data.train: the shares of its sources: {' and '.join(shown)}", "data.train")
-    model, other = (keys_with(stored_model_config(each.model_config), FUNCTION, TRAINING) for each in (saved, now))
+    model, other = (compared_keys(stored_model_config(each.model_config), training=True) for each in (saved, now))
     for key, value in other.items():
         if model.get(key) != value:
             yield Change(f"model: {key} is {model.get(key)!r} in the checkpoint, {value!r} now", None)

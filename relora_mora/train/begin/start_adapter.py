@@ -81,9 +81,9 @@ def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str
 
 
 def _alpha_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]:
-    there = {adapter.alpha(name) for name in adapter.layers}
+    there = set(adapter.alphas.values())
     differ = any(
-        adapter.alpha(name) != float(rank if method.lora_alpha is None else method.lora_alpha)
+        adapter.alphas[name] != float(rank if method.lora_alpha is None else method.lora_alpha)
         for name, rank in adapter.layers.items()
     )
     if adapter.mora_type is None and differ:
