@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.checkpoint.layout import list_checkpoints
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
 from relora_mora.checkpoint.reader import verify
 from tests.tools.checkpoints import made_manifest
 from tests.tools.commands import disk
@@ -69,7 +68,8 @@ def followed(
 def _steps(folder: Path) -> list[int]:
     """Steps with a checkpoint. Checks that all are complete and that there is nothing else."""
     found = list_checkpoints(folder / "checkpoints")
-    assert all(verify(path) is None for path in found)
+    for path in found:
+        verify(path)
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"latest", *(path.name for path in found)}
     assert (folder / "checkpoints" / "latest").read_text() == found[0].name + "\n"
     return sorted(int(path.name[5:]) for path in found)
@@ -134,23 +134,14 @@ def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, input
 
 def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     """Three saves of the same state by a writer without a trainer. The second one may go wrong."""
-    from relora_mora.checkpoint import rank_files
     from relora_mora.checkpoint import writer as module
     from relora_mora.checkpoint.writer import CheckpointWriter
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(2))
     rank = rig.engine.rank
-    patch = pytest.MonkeyPatch()
     lines: list[str] = []
-    given_up = folder.with_name("given-up")
-    whole_write = rank_files.RankFiles.write
-    patch.setattr(module, "APPEAR_SECONDS", 0.5)
-
-    def report(line: str) -> None:
-        lines.append(line)
-        given_up.touch()
-
+    whole = CheckpointWriter._write
     writer = CheckpointWriter(
         folder,
         rig.engine,
@@ -160,61 +151,52 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         keep_every_steps=0,
         merge_states=lambda _: {},
         sync_beside=lambda: None,
-        report=report,
+        report=lines.append,
     )
 
-    def late(self: Any, *args: Any) -> Any:
-        while not given_up.exists():
-            time.sleep(0.02)
-        return whole_write(self, *args)
-
-    def elsewhere(self: Any, work: Path, *args: Any) -> Any:
+    def write(self: Any, work: Path, *args: Any) -> Any:
         """As on a host that does not share the folder with the first rank."""
-        return whole_write(self, folder.with_name("of-another-host") / work.name, *args)
+        elsewhere = what == "elsewhere" and rank == 1 and step == 2
+        return whole(self, folder.with_name("of-another-host") / work.name if elsewhere else work, *args)
 
-    for step in (1, 2, 3):
-        patch.setattr(module, "LATE_SECONDS", 1.0 if (step, what) == (2, "late") else 1800.0)
-        if step == 2 and what == "late":
-            rank_files.RankFiles.write = late if rank == 1 else whole_write
-        elif step == 2 and what == "elsewhere":
-            rank_files.RankFiles.write = elsewhere if rank == 1 else whole_write
-        elif step == 2 and what == "damaged" and rank == 0:
-            base = folder / "step-00000001" / "base-00000-of-00002.safetensors"
-            base.write_bytes(base.read_bytes()[:-1] + b"\xff")
-        shapes = {name: list(shape) for name, shape in rig.engine.shapes.items()}
-        frozen = {name: shapes.pop(name) for name in rig.base.owner}
-        writer.save(made_manifest(step=step, operator=1, world_size=2, frozen=frozen, parameters=shapes), {})
-        writer.wait()
-        rank_files.RankFiles.write = whole_write
-        rig.engine.all_reduce(torch.zeros(1))
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "APPEAR_SECONDS", 0.5)
+        patch.setattr(CheckpointWriter, "_write", write)
+        for step in (1, 2, 3):
+            if step == 2 and what == "damaged" and rank == 0:
+                base = folder / "step-00000001" / "base-00000-of-00002.safetensors"
+                base.write_bytes(base.read_bytes()[:-1] + b"\xff")
+            shapes = {name: list(shape) for name, shape in rig.engine.shapes.items()}
+            frozen = {name: shapes.pop(name) for name in rig.base.owner}
+            writer.save(made_manifest(step=step, operator=1, world_size=2, frozen=frozen, parameters=shapes), {})
+            writer.wait()
+            rig.engine.all_reduce(torch.zeros(1))
     return lines
 
 
-@pytest.mark.parametrize(
-    ("what", "reason"),
-    [
-        ("elsewhere", "rank 0 does not see state-00001-of-00002.safetensors, which rank 1 has written"),
-        *rest(("late", "step 2 failed (rank 1: did not finish its part in 1 s)")),
-    ],
-)
-def test_a_rank_that_is_late_or_writes_elsewhere_costs_one_checkpoint(pools, tmp_path, what, reason):
-    [line], second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", what)
-    assert reason in line and "step 2 failed" in line
+def test_a_rank_that_writes_elsewhere_costs_one_checkpoint(pools, tmp_path):
+    [line], second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "elsewhere")
+    assert "step 2 failed (rank 0 does not see state-00001-of-00002.safetensors, which rank 1 has written" in line
     assert second == []
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["latest", "step-00000001", "step-00000003"]
-    assert verify(checkpoint_at(tmp_path, 3)) is None
+    verify(checkpoint_at(tmp_path, 3))
 
 
-def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path):
+def test_a_base_file_is_shared_unless_it_was_damaged_on_the_disk(pools, tmp_path):
     assert pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "damaged") == [[], []]
-    problems = {path.name: verify(path) for path in list_checkpoints(tmp_path / "checkpoints")}
-    assert (
-        problems.pop("step-00000001") == "base-00000-of-00002.safetensors: its checksum is not the one in manifest.json"
-    )
-    assert problems == {"step-00000002": None, "step-00000003": None}
-    found = [tensors(tmp_path / "checkpoints" / f"step-0000000{step}") for step in (1, 2)]
+    first, second, third = list_checkpoints(tmp_path / "checkpoints")[::-1]
+    with pytest.raises(CheckpointError, match=r"base-00000-of-00002\.safetensors: damaged, its size or checksum"):
+        verify(first)
+    verify(second)
+    verify(third)
+    links = [
+        (path / f"base-0000{rank}-of-00002.safetensors").stat().st_nlink
+        for path in (first, second, third)
+        for rank in (0, 1)
+    ]
+    assert links == [1, 3, 2, 3, 2, 3]
+    found = [tensors(path) for path in (first, second)]
     damaged = [key for key in found[0] if not torch.equal(found[0][key], found[1][key])]
     assert len(damaged) == 1
     assert damaged[0].startswith("base|")
@@ -235,7 +217,7 @@ def test_files_and_links_in_the_way_are_renamed_and_not_followed(pools, tmp_path
     )
     for step in (1, 2, 3):
         path = folder / f"step-{step:08d}"
-        assert verify(path) is None
+        verify(path)
         assert not path.is_symlink()
     assert (elsewhere / "mine").read_text() == "mine"
     assert len(list(elsewhere.iterdir())) == 1
@@ -251,25 +233,25 @@ def slow_to_write(config: Any, what: str) -> bool:
     ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after
     step 4 must not come first.
     """
-    from relora_mora.checkpoint.rank_files import RankFiles
+    from relora_mora.checkpoint import rank_files
     from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.pretrain import pretrain
 
-    whole = RankFiles.write
-    write_base = RankFiles._write_base
+    save_file = rank_files.save_file
+    write_base = rank_files.write_base
     train_step = Trainer.train_step
     fifth = threading.Event()
     met: list[bool] = []
 
-    def write(self: Any, work: Path, *args: Any) -> Any:
-        if what == "save" and "step-00000003" in work.name:
+    def slow_save(tensors: Any, path: Path) -> None:
+        if what == "save" and "step-00000003" in path.parent.name and path.name.startswith("state"):
             met.append(fifth.wait(600))
-        return whole(self, work, *args)
+        save_file(tensors, path)
 
-    def slow_base(self: Any, work: Path, *args: Any) -> Any:
-        if what == "base" and "step-00000003" in work.name:
+    def slow_base(path: Path, *args: Any) -> Any:
+        if what == "base" and "step-00000003" in path.parent.name:
             met.append(not fifth.wait(1.0))
-        return write_base(self, work, *args)
+        return write_base(path, *args)
 
     def step(self: Trainer, share: Any) -> Any:
         result = train_step(self, share)
@@ -278,8 +260,8 @@ def slow_to_write(config: Any, what: str) -> bool:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankFiles, "write", write)
-        patch.setattr(RankFiles, "_write_base", slow_base)
+        patch.setattr(rank_files, "save_file", slow_save)
+        patch.setattr(rank_files, "write_base", slow_base)
         patch.setattr(Trainer, "train_step", step)
         pretrain(config)
     return met == [True]

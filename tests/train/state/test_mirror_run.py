@@ -42,5 +42,6 @@ def test_a_run_that_lost_its_disk_continues_from_the_mirror(runs: Runs, pools: A
     assert losses[0] == losses[1]
     assert len(losses[0]) == 10
     assert different_tensors(checkpoint_at(tmp_path / "whole", 10), checkpoint_at(tmp_path / "here", 10)) == []
-    assert sorted(path.stem for path in (tmp_path / "store/manifests").iterdir()) == ["step-00000008", "step-00000010"]
+    there = {path.stem for path in (tmp_path / "store/manifests").iterdir()}
+    assert {"step-00000010"} <= there <= {"step-00000008", "step-00000010"}, "a quick run may send only the newest"
     assert json.loads((tmp_path / "store/owner.json").read_text())["released"]
