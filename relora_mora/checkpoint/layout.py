@@ -15,15 +15,14 @@
 A folder ``*.tmp`` is being written or removed and does not count. A checkpoint is never replaced: one that does not
 belong to the history of the run any more is renamed to ``abandoned-step-N``, and no run takes it by itself.
 
-A tensor in a state file is a piece of one parameter. Its key is ``kind|name|start``: the kind is master, exp_avg,
-exp_avg_sq or momentum, then comes the parameter's name, and then the index of the first element in the flattened
-parameter. The state that an optimizer keeps for a whole matrix (``matrix_states`` in the manifest) has other kinds, and
-its tensors are never cut. A reader combines the pieces for any world size and ZeRO stage. Checkpoints share base files
-by hard links until a merge changes the base. Nothing is pickled.
+A tensor in a state file is a piece of one parameter. Its key is ``kind|name|start``: master, exp_avg, exp_avg_sq or
+momentum, the parameter's name, and the index of the first element in the flattened parameter. The state that an
+optimizer keeps for a whole matrix (``matrix_states`` in the manifest) has other kinds, and is never cut. A reader
+combines the pieces for any world size and ZeRO stage. Checkpoints share base files by hard links until a merge changes
+the base. Nothing is pickled.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -38,7 +37,6 @@ import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_named, optimizer_of
-from relora_mora.config.removed import removed_faults, without_old_defaults
 from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove
 from relora_mora.system.logs import log
@@ -92,9 +90,11 @@ def discard(checkpoint: Path) -> None:
 
 def abandon(path: Path) -> None:
     """Renames a checkpoint, or another file or folder of a run, to ``abandoned-NAME`` or ``abandoned-2-NAME``, ..."""
-    numbers = itertools.chain([""], (f"{number}-" for number in itertools.count(2)))
-    targets = (path.with_name(f"abandoned-{number}{path.name}") for number in numbers)
-    target = next(each for each in targets if not os.path.lexists(each))
+    target = path.with_name(f"abandoned-{path.name}")
+    number = 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"abandoned-{number}-{path.name}")
     path.rename(target)
     log.warning("%s is not continued here: renamed to %s", path.name, target.name)
 
@@ -148,11 +148,6 @@ class Manifest:
         """As JSON, with a checksum of the manifest itself."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
-
-    @property
-    def is_good(self) -> bool:
-        """Whether a run can go back to it: not saved amid steps with non-finite numbers or after a loss spike."""
-        return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
     @property
     def optimizers(self) -> dict[str, str]:
@@ -224,31 +219,24 @@ def parse_manifest(path: Path | str, content: bytes) -> Manifest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
-    _check_settings(path, manifest)
+    for setting, name in manifest.optimizers.items():
+        if not isinstance(name, str) or optimizer_named(name) is None:
+            known = ", ".join(MATRIX_OPTIMIZERS)
+            fault = f"trained with optim.{setting}={name!r}, but this program only knows {known}"
+            raise CheckpointError(f"{path}: {fault}; use the release that wrote it")
     return manifest
 
 
-def _check_settings(path: Path | str, manifest: Manifest) -> None:
-    """Raises :class:`CheckpointError` if this program cannot read the tensors of a run with these settings."""
-    removed = removed_faults(without_old_defaults(manifest.config))
-    if removed:
-        names = " and ".join(removed)
-        raise CheckpointError(f"{path}: trained with settings that only release 0.2 has ({names}); use that release")
-    for setting, name in manifest.optimizers.items():
-        if not isinstance(name, str) or optimizer_named(name) is None:
-            raise CheckpointError(
-                f"{path}: trained with optim.{setting}={name!r}, but this program only knows "
-                f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"
-            )
-
-
 def good_step(folder: Path) -> int | None:
-    """The step of a checkpoint if a run can go back to it; None if it is damaged or was saved amid trouble."""
+    """The step of a checkpoint if a run can go back to it.
+
+    None if it is damaged, or was saved amid steps with numbers that are not finite or after a spike of the loss.
+    """
     try:
         manifest = read_manifest(folder)
     except CheckpointError:
         return None
-    return manifest.step if manifest.is_good else None
+    return None if manifest.counters.get("bad_steps") or manifest.counters.get("trouble") else manifest.step
 
 
 def file_entry(path: Path) -> FileEntry:

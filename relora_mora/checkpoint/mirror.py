@@ -2,7 +2,7 @@
 
 ::
 
-    URL/owner.json                      who trains: a token, host and process, and a beat that changes while it lives
+    URL/owner.json                      who trains: a token, host and process, and a beat that changes; gone at the end
     URL/manifests/step-00000200.json    the manifest of a checkpoint, written after its files
     URL/files/DIGEST                    the files of checkpoints by their xxh3-128, so that each is sent once
     URL/run/...                         the small files of the run folder, as they were at the newest checkpoint
@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +29,7 @@ from relora_mora.system.files import link_or_copy, remove, sync, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
+OWNER = "owner.json"
 BEAT_SECONDS = 20.0
 SILENCE_SECONDS = 3 * BEAT_SECONDS  # a trainer without a beat for so long has ended
 FIRST_WAIT_SECONDS = 1.0  # before a fault is tried again; it doubles
@@ -69,7 +70,7 @@ class Mirror:
         """Takes the mirror. Raises :class:`MirrorError` if another trainer has it and lives, or if the store fails."""
         with _faults_named():
             before = self._owner()
-            if before and not before.get("released") and before.get("folder") != self._folder():
+            if before and before.get("folder") != self._folder():
                 self._await_silence(before)
             self._beat()
             self._there = dict(self._manifests())
@@ -154,8 +155,8 @@ class Mirror:
                 self._send_newest()
                 if is_last:
                     self._ended.set()
-                    self._pulse.join()  # its last beat comes before the release
-                    self._beat(released=True)
+                    self._pulse.join()  # else it could write the owner again
+                    self._store.rm_file(OWNER)
                     return
                 wait = FIRST_WAIT_SECONDS
                 self._closing.wait(POLL_SECONDS)
@@ -215,7 +216,7 @@ class Mirror:
             self._store.rm_file(f"manifests/{name}.json")
             del self._there[name]
         used = {entry.xxh3_128 for manifest in self._there.values() for entry in manifest.files.values()}
-        for path in self._list("files"):
+        for path in self._store.find("files"):
             if PurePosixPath(path).name not in used:
                 self._store.rm_file(path)
 
@@ -230,36 +231,27 @@ class Mirror:
     # ---- the store ---------------------------------------------------------------------------------------------------
 
     def _size(self, name: str) -> int | None:
-        self._store.invalidate_cache()
         try:
             return int(self._store.info(name)["size"])
         except FileNotFoundError:
             return None
 
-    def _list(self, name: str) -> list[str]:
-        self._store.invalidate_cache()
-        try:
-            return [str(path) for path in self._store.ls(name, detail=False)]
-        except FileNotFoundError:
-            return []
-
-    def _manifests(self) -> Iterable[tuple[str, layout.Manifest]]:
-        for path in self._list("manifests"):
-            name = PurePosixPath(path).stem
+    def _manifests(self) -> Iterator[tuple[str, layout.Manifest]]:
+        for path in map(PurePosixPath, self._store.find("manifests")):
             try:
-                yield name, layout.parse_manifest(Path(path).name, self._store.cat_file(path))
+                yield path.stem, layout.parse_manifest(path.name, self._store.cat_file(str(path)))
             except layout.CheckpointError as error:
-                log.warning("passed over %s of the mirror: %s", name, error)
+                log.warning("passed over %s of the mirror: %s", path.stem, error)
 
     def _owner(self) -> dict[str, Any]:
-        self._store.invalidate_cache()
+        """The content of the owner's file; empty if nobody has the mirror."""
         try:
-            content = json.loads(self._store.cat_file("owner.json"))
+            content = json.loads(self._store.cat_file(OWNER))
         except (FileNotFoundError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _beat(self, *, released: bool = False) -> None:
+    def _beat(self) -> None:
         self._beats += 1
         content = {
             "token": self._token,
@@ -267,9 +259,8 @@ class Mirror:
             "pid": os.getpid(),
             "folder": self._folder(),
             "beat": self._beats,
-            "released": released,
         }
-        self._store.pipe_file("owner.json", json.dumps(content).encode())
+        self._store.pipe_file(OWNER, json.dumps(content).encode())
 
     def _folder(self) -> str:
         """The run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time."""
@@ -281,7 +272,7 @@ class Mirror:
         while time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
             now = self._owner()
-            if now.get("released"):
+            if not now:
                 return
             if now != before:
                 raise MirrorError(
@@ -300,9 +291,9 @@ def open_store(url: str) -> Any:
     from fsspec.core import url_to_fs
     from fsspec.implementations.dirfs import DirFileSystem
 
-    on_disk = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}
+    options = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {"use_listings_cache": False}
     try:
-        store, root = url_to_fs(url, **on_disk)
+        store, root = url_to_fs(url, **options)
     except Exception as error:  # a missing package, an unknown store, or a store's own type
         raise MirrorError(
             f"checkpoint.mirror: its store cannot be opened ({_reason(error)}); check the address and the login"

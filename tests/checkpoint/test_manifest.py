@@ -83,8 +83,6 @@ HOSTILE: list[tuple[Callable[[dict], Any], str]] = [
         f"optim.matrices=['x'], but this program only knows {', '.join(MATRIX_OPTIMIZERS)}; use the release",
     ),
     (lambda values: values["config"]["optim"].update(others="x"), "trained with optim.others='x'"),
-    (lambda values: values["config"].update(method={"full_steps": 3}), "0.2 has (method.full_steps)"),
-    (lambda values: values["config"].update(method={"name": "sltrain"}), "0.2 has (method.name)"),
     (lambda values: values.update(matrix_states={"a": {"updates": []}}), "1 elements of updates of a once"),
     (lambda values: values.update(matrix_states={"a": {"x": [-1]}}), "matrix_states.a.x.0"),
     (lambda values: values.update(trust_me=1), "trust_me"),

@@ -31,7 +31,7 @@ def test_retention_keeps_the_right_checkpoints(
         state = checkpoints[step_of(folder)]
         if state == UNREADABLE:
             raise CheckpointError("damaged")
-        return SimpleNamespace(step=step_of(folder), is_good=state == GOOD)
+        return SimpleNamespace(step=step_of(folder), counters={"bad_steps": int(state == BAD)})
 
     monkeypatch.setattr(writer.layout, "read_manifest", read_manifest)
     newest = max(checkpoints)
