@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from relora_mora.checkpoint.layout import list_checkpoints
-from relora_mora.checkpoint.reader import verify
 from relora_mora.system.logs import shared_log
 from tests.tools.runs import (
     checkpoint_at,
@@ -100,26 +98,3 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenize
     (checkpoint_at(folder, 1) / "state-00001-of-00002.safetensors").unlink()
     messages = pools(2)(refusal_of, config)
     assert all("all checkpoints in it are damaged" in message for message in messages)
-
-
-@pytest.mark.more
-def test_changes_of_the_tokenizer_of_a_run_do_not_reach_its_checkpoints(pools, tokenizer_path, tmp_path):
-    inputs = write_inputs(tmp_path)
-    folder = tmp_path / "run"
-    config = run_config(inputs, tokenizer_path, folder, 2)
-    tokenizer = folder / "tokenizer"
-    checkpoints = folder / "checkpoints"
-    pools(2)(train, config, stop_after=1)
-    names = sorted(path.name for path in tokenizer.iterdir())
-    for path in tokenizer.iterdir():
-        with path.open("ab") as stream:  # in place, so hard links would change too
-            stream.write(b" ")
-    verify(list_checkpoints(checkpoints)[0])
-    pools(2)(train, config, stop_after=2)  # the run's tokenizer is restored
-    for name in ("evil.py", "model.safetensors", "a\nb.json"):
-        (tokenizer / name).write_bytes(b"content")
-    (tokenizer / "link.json").symlink_to(inputs / "model.json")
-    pools(2)(train, config, stop_after=3)
-    for path in list_checkpoints(checkpoints):
-        verify(path)
-    assert sorted(path.name for path in (checkpoint_at(folder, 3) / "tokenizer").iterdir()) == names
