@@ -71,7 +71,13 @@ class Mirror:
         with _faults_named():
             before = self._owner()
             if before and before.get("folder") != self._folder():
-                self._await_silence(before)
+                log.info("waiting %.0f s to see whether the mirror's trainer (%s) lives", SILENCE_SECONDS, _who(before))
+                time.sleep(SILENCE_SECONDS)
+                if self._owner() not in ({}, before):
+                    raise MirrorError(
+                        f"checkpoint.mirror: another trainer sends its checkpoints there ({_who(before)}); "
+                        "wait until it ends, stop it, or give another checkpoint.mirror"
+                    )
             self._beat()
             self._there = dict(self._manifests())
 
@@ -265,20 +271,6 @@ class Mirror:
     def _folder(self) -> str:
         """The run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time."""
         return f"{socket.gethostname()}:{self._run.path.resolve()}"
-
-    def _await_silence(self, before: dict[str, Any]) -> None:
-        log.info("waiting %.0f s to see whether the mirror's trainer (%s) is alive", SILENCE_SECONDS, _who(before))
-        deadline = time.monotonic() + SILENCE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-            now = self._owner()
-            if not now:
-                return
-            if now != before:
-                raise MirrorError(
-                    f"checkpoint.mirror: another trainer sends its checkpoints there ({_who(now)}); "
-                    "wait until it ends, stop it, or give another checkpoint.mirror"
-                )
 
     def _small_files(self) -> list[Path]:
         run = self._run
