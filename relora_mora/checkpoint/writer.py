@@ -21,7 +21,7 @@ import torch
 from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.rank_files import snapshot, write_rank_files
 from relora_mora.distributed.collectives import from_first_rank
-from relora_mora.system.files import make_folder, remove, sync, write_if_possible, write_synced
+from relora_mora.system.files import make_folder, remove, sync, write_synced
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
@@ -128,8 +128,7 @@ class CheckpointWriter:
         if step is None:
             (self.folder / layout.BEST).unlink(missing_ok=True)
         elif step != layout.best_step(self.folder) and (self.folder / layout.step_folder(step)).exists():
-            name = layout.step_folder(step)
-            write_if_possible(self.folder / layout.BEST, f"{name}\n", without=f"{name} may be removed")
+            write_synced(self.folder / layout.BEST, f"{layout.step_folder(step)}\n")
 
     def wait_for_base(self) -> None:
         """Waits until no write reads the base, so that a merge may change it."""

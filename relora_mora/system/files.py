@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from relora_mora.system.logs import log
-
 # errors of a network file system that may come back; not a user's mistake
 LOST_DISK = {
     errno.EIO,
@@ -90,19 +88,6 @@ def write_synced(path: Path, content: str | bytes) -> None:
                 temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
-
-
-def write_if_possible(path: Path, text: str, without: str) -> None:
-    """Like :func:`write_synced`, but if the disk is full or read-only it only logs what is lost (``without``).
-
-    Raises OSError if the disk is gone and may come back (``LOST_DISK``).
-    """
-    try:
-        write_synced(path, text)
-    except OSError as error:
-        if error.errno in LOST_DISK:
-            raise
-        log.error("%s: cannot be written (%s): %s", path, error.strerror, without)
 
 
 def make_folder(path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +14,32 @@ import torch
 from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
 from relora_mora.checkpoint.reader import verify
 from tests.tools.checkpoints import made_manifest
-from tests.tools.commands import disk
 from tests.tools.grids import rest
 from tests.tools.runs import checkpoint_at, different_tensors, log_lines, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 
 
-def followed(
-    config: Any, *, failing: dict[int, list[int]] | None = None, before: dict[int, list[str]] | None = None
-) -> dict[str, Any]:
+def followed(config: Any, failing: dict[int, list[int]] | None = None) -> dict[str, Any]:
     """Trains and returns the errors in this rank's log, and how the run ended.
 
-    In the saves of the steps ``failing[rank]``, that rank's disk is full in the middle of a file. Before the steps in
-    ``before``, the first rank waits for its checkpoint and then runs a command.
+    In the saves of the steps ``failing[rank]``, that rank's disk is full in the middle of a file.
     """
     from relora_mora.checkpoint import rank_files
-    from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.state.run_state import TrainingError
 
-    rank = int(os.environ["RANK"])
-    steps = (failing or {}).get(rank, [])
-    commands = (before or {}) if rank == 0 else {}
-    whole_save = rank_files.save_file
-    whole_batch = Trainer.next_batch
+    steps = (failing or {}).get(int(os.environ["RANK"]), [])
+    whole = rank_files.save_file
 
     def save_file(tensors: Any, path: Path) -> None:
         if any(path.parent.name.startswith(f"step-{step:08d}.") for step in steps):
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        whole_save(tensors, path)
-
-    def next_batch(self: Trainer) -> Any:
-        step = self.state.step + 1
-        if step in commands:
-            self.writer.wait()
-            subprocess.run(commands[step], check=True)
-        return whole_batch(self)
+        whole(tensors, path)
 
     error = ""
     with log_lines("ERROR") as lines, pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_files, "save_file", save_file)
-        patch.setattr(Trainer, "next_batch", next_batch)
         try:
             train(config)
         except TrainingError as failure:
@@ -107,29 +89,6 @@ def test_a_run_ends_with_an_error_when_its_last_checkpoint_failed(pools, inputs,
     assert _steps(folder) == list(range(1, 10))
     assert [result["error"] for result in pools(2)(followed, config)] == ["", ""]
     assert _steps(folder) == list(range(1, 11))
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """RUN/checkpoints on a file system of 1 MiB, which holds about three checkpoints."""
-    (tmp_path / "run").mkdir()
-    with disk(tmp_path / "run" / "checkpoints", "size=1m") as place:
-        yield place
-
-
-@pytest.mark.more
-def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, inputs, tokenizer_path, small_disk):
-    config = run_config(inputs, tokenizer_path, small_disk.parent, 2)
-    first, second = pools(2)(followed, config, before={8: ["mount", "-o", "remount,size=16m", str(small_disk)]})
-    assert first["error"] == second["error"] == ""
-    assert second["lines"] == []
-    steps = _steps(small_disk.parent)
-    assert {1, 2, 8, 9, 10} <= set(steps)
-    assert 7 not in steps
-    assert len(first["lines"]) == 10 - len(steps)
-    assert all(
-        f"No space left on device: {small_disk}/step-" in line and " failed (rank " in line for line in first["lines"]
-    )
 
 
 def saves_of_a_rig(folder: Path, what: str) -> list[str]:
@@ -200,31 +159,6 @@ def test_a_base_file_is_shared_unless_it_was_damaged_on_the_disk(pools, tmp_path
     damaged = [key for key in found[0] if not torch.equal(found[0][key], found[1][key])]
     assert len(damaged) == 1
     assert damaged[0].startswith("base|")
-
-
-def test_files_and_links_in_the_way_are_renamed_and_not_followed(pools, tmp_path):
-    folder = tmp_path / "checkpoints"
-    elsewhere = tmp_path / "elsewhere"
-    for made in (folder / "step-00000001", elsewhere, folder / "latest"):
-        made.mkdir(parents=True)
-        (made / "mine").write_text("mine")
-    (folder / "step-00000002").write_text("a file")
-    (folder / "step-00000003").symlink_to(elsewhere)
-    first, _ = pools(2)(saves_of_a_rig, folder, "in the way")
-    assert len(first) == 3
-    assert all(
-        "is complete, but latest or older checkpoints could not be updated (Is a directory" in line for line in first
-    )
-    for step in (1, 2, 3):
-        path = folder / f"step-{step:08d}"
-        verify(path)
-        assert not path.is_symlink()
-    assert (elsewhere / "mine").read_text() == "mine"
-    assert len(list(elsewhere.iterdir())) == 1
-    abandoned = [folder / f"abandoned-step-0000000{step}" for step in (1, 2, 3)]
-    assert (abandoned[0] / "mine").read_text() == "mine"
-    assert abandoned[1].read_text() == "a file"
-    assert abandoned[2].readlink() == elsewhere
 
 
 def slow_to_write(config: Any, what: str) -> bool:

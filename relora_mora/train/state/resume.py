@@ -25,7 +25,6 @@ from relora_mora.config.schema import Config
 from relora_mora.data.lanes import merge_states, start_states
 from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
-from relora_mora.system.files import write_if_possible
 from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
@@ -224,16 +223,14 @@ def _abandon_other_history(folder: RunFolder, step: int, *, own: bool) -> None:
     Later checkpoints are renamed. If the checkpoint is not ``own``, so are all checkpoints and the records of the run
     that was in the folder.
     """
-    latest = folder.checkpoints / layout.LATEST
     others = [path for path in list_checkpoints(folder.checkpoints) if not own or (layout.step_of(path) or 0) > step]
     for path in others:
         layout.abandon(path)
+    if others or not own:
+        (folder.checkpoints / layout.LATEST).unlink(missing_ok=True)  # the next save writes it
     if not own:
-        latest.unlink(missing_ok=True)
         (folder.checkpoints / layout.BEST).unlink(missing_ok=True)
         abandon_records(folder)
-    elif others:
-        write_if_possible(latest, f"{layout.step_folder(step)}\n", without="it names another one; training goes on")
 
 
 def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState | None:
