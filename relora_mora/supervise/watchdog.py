@@ -8,6 +8,7 @@ The ranks do the same actions in the same order. So among ranks that make no pro
 actions are named. A rank that sends no heartbeats comes before them: it is gone, and the others wait for it.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import json
@@ -168,7 +169,8 @@ class Watchdog:
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
             # this thread needs the interpreter; if a C call blocks it, this timer in C ends the process
-            faulthandler.dump_traceback_later(1.5 * self._action[0].limit_seconds + 10, exit=True)
+            with contextlib.suppress(ValueError, RuntimeError):  # stderr is closed, or no file
+                faulthandler.dump_traceback_later(1.5 * self._action[0].limit_seconds + 10, exit=True)
             self._asked_at = time.monotonic()
             try:
                 self._beat()

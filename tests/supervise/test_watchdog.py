@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import io
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,9 @@ def test_the_ranks_at_fault_are_named(ranks: list[dict[str, Any]], named: list[i
 
 
 @pytest.mark.more
-def test_all_ranks_hear_which_rank_is_gone_after_a_collective_has_failed(tmp_path: Path) -> None:
+def test_all_ranks_hear_which_rank_is_gone_after_a_collective_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)
     heard: list[PeerFailure] = []
     both = threading.Event()
@@ -75,6 +79,7 @@ def test_all_ranks_hear_which_rank_is_gone_after_a_collective_has_failed(tmp_pat
             both.set()
         both.wait(60)
 
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # which is no file
     address = ("127.0.0.1", store.port)
     dogs = [Watchdog(rank, 3, 60.0, address=address, job="a", end=end, stacks=tmp_path / "x") for rank in range(3)]
     for dog in dogs[:2]:  # the third has sent its first heartbeat and sends no other
