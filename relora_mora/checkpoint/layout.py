@@ -15,15 +15,14 @@
 A folder ``*.tmp`` is being written or removed and does not count. A checkpoint is never replaced: one that does not
 belong to the history of the run any more is renamed to ``abandoned-step-N``, and no run takes it by itself.
 
-A tensor in a state file is a piece of one parameter. Its key is ``kind|name|start``: the kind is master, exp_avg,
-exp_avg_sq or momentum, then comes the parameter's name, and then the index of the first element in the flattened
-parameter. The state that an optimizer keeps for a whole matrix (``matrix_states`` in the manifest) has other kinds, and
-its tensors are never cut. A reader combines the pieces for any world size and ZeRO stage. Checkpoints share base files
-by hard links until a merge changes the base. Nothing is pickled.
+A tensor in a state file is a piece of one parameter. Its key is ``kind|name|start``: master, exp_avg, exp_avg_sq or
+momentum, the parameter's name, and the index of the first element in the flattened parameter. The state that an
+optimizer keeps for a whole matrix (``matrix_states`` in the manifest) has other kinds, and is never cut. A reader
+combines the pieces for any world size and ZeRO stage. Checkpoints share base files by hard links until a merge changes
+the base. Nothing is pickled.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -38,12 +37,21 @@ import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_named, optimizer_of
-from relora_mora.config.removed import removed_faults, without_old_defaults
 from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove
 from relora_mora.system.logs import log
 
+FORMAT = "relora_mora checkpoint"
+VERSION = 2
+MANIFEST = "manifest.json"
+LATEST = "latest"
+BEST = "best"
+TOKENIZER = "tokenizer"
 TEMPORARY = ".tmp"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used. The message says what was found, what was expected, and what to do."""
 
 
 def step_folder(step: int) -> str:
@@ -57,7 +65,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The folders in ``checkpoints/`` with the name of a checkpoint, complete or not, newest first."""
+    """The folders in ``checkpoints/`` with the name of a checkpoint, damaged or not, newest first."""
     if not folder.is_dir():
         return []
     found = [(step, path) for path in folder.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
@@ -82,31 +90,22 @@ def discard(checkpoint: Path) -> None:
 
 def abandon(path: Path) -> None:
     """Renames a checkpoint, or another file or folder of a run, to ``abandoned-NAME`` or ``abandoned-2-NAME``, ..."""
-    numbers = itertools.chain([""], (f"{number}-" for number in itertools.count(2)))
-    targets = (path.with_name(f"abandoned-{number}{path.name}") for number in numbers)
-    target = next(each for each in targets if not os.path.lexists(each))
+    target = path.with_name(f"abandoned-{path.name}")
+    number = 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"abandoned-{number}-{path.name}")
     path.rename(target)
     log.warning("%s is not continued here: renamed to %s", path.name, target.name)
-
-
-FORMAT = "relora_mora checkpoint"
-VERSION = 2
-MANIFEST = "manifest.json"
-LATEST = "latest"
-BEST = "best"
-TOKENIZER = "tokenizer"
-
-Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used. The message says what was found, what was expected, and what to do."""
 
 
 def _inside(name: str) -> str:
     if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError("not a path inside the checkpoint")
     return name
+
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,6 @@ class Manifest:
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
 
     @property
-    def is_good(self) -> bool:
-        """Whether a run can go back to it: not saved amid steps with non-finite numbers or after a loss spike."""
-        return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
-
-    @property
     def optimizers(self) -> dict[str, str]:
         """The values of ``optim.matrices`` and ``optim.others``."""
         saved = self.config.get("optim", {})
@@ -185,15 +179,6 @@ def content_checksum(values: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
-def good_step(folder: Path) -> int | None:
-    """The step of a checkpoint if a run can go back to it; None if it is damaged or was saved amid trouble."""
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError:
-        return None
-    return manifest.step if manifest.is_good else None
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Reads a manifest.
 
@@ -202,43 +187,30 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        regular = stat.S_ISREG(path.lstat().st_mode)
-        content = path.read_bytes() if regular else b""
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"{path}: damaged, it is not a regular file; use an older checkpoint")
+        return parse_manifest(path, path.read_bytes())
     except OSError as error:
         raise_if_lost(error)
         raise CheckpointError(
             f"{folder}: not a checkpoint ({MANIFEST}: {error.strerror}); "
             "give a folder such as RUN/checkpoints/step-00001000"
         ) from error
-    if not regular:
-        raise CheckpointError(f"{path}: damaged, it is not a regular file; use an older checkpoint")
-    return parse_manifest(path, content)
 
 
 def parse_manifest(path: Path | str, content: bytes) -> Manifest:
     """A manifest from the content of its file; ``path`` is for messages. Raises :class:`CheckpointError`."""
     try:
         values = json.loads(content)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path}: not the manifest of a {FORMAT}; give a folder such as RUN/checkpoints/step-00001000"
-            )
-        version = values.get("version")
-        if version != VERSION:  # checked first: another version may compute the checksum differently
-            raise CheckpointError(
-                f"{path}: format version {version}, expected version {VERSION}; use the release that wrote it"
-            )
-        intact = values.pop("checksum", None) == content_checksum(values)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged, it is not JSON ({error}); use an older checkpoint") from error
-    if not intact:
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: damaged, or not the manifest of a {FORMAT}; use an older checkpoint")
+    if values.get("version") != VERSION:  # checked first: another version may compute the checksum differently
+        found = f"format version {values.get('version')}, expected version {VERSION}"
+        raise CheckpointError(f"{path}: {found}; use the release that wrote it")
+    if values.pop("checksum", None) != content_checksum(values):
         raise CheckpointError(f"{path}: damaged, its checksum does not match its content; use an older checkpoint")
-    return _validated(path, values)
-
-
-def _validated(path: Path | str, values: dict[str, Any]) -> Manifest:
     del values["format"], values["version"]
     values.pop("operator_seed", None)  # release 0.2 wrote it, null except for operator 7
     try:
@@ -247,17 +219,24 @@ def _validated(path: Path | str, values: dict[str, Any]) -> Manifest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
-    removed = removed_faults(without_old_defaults(manifest.config))
-    if removed:
-        names = " and ".join(removed)
-        raise CheckpointError(f"{path}: trained with settings that only release 0.2 has ({names}); use that release")
     for setting, name in manifest.optimizers.items():
         if not isinstance(name, str) or optimizer_named(name) is None:
-            raise CheckpointError(
-                f"{path}: trained with optim.{setting}={name!r}, but this program only knows "
-                f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"
-            )
+            known = ", ".join(MATRIX_OPTIMIZERS)
+            fault = f"trained with optim.{setting}={name!r}, but this program only knows {known}"
+            raise CheckpointError(f"{path}: {fault}; use the release that wrote it")
     return manifest
+
+
+def good_step(folder: Path) -> int | None:
+    """The step of a checkpoint if a run can go back to it.
+
+    None if it is damaged, or was saved amid steps with numbers that are not finite or after a spike of the loss.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return None
+    return None if manifest.counters.get("bad_steps") or manifest.counters.get("trouble") else manifest.step
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -266,26 +245,21 @@ def file_entry(path: Path) -> FileEntry:
         return FileEntry(stream.tell(), digest.hexdigest())
 
 
-def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """The problem with the first of these files that is missing, not a regular file, a link, or not as listed.
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Raises :class:`CheckpointError` unless these files are regular files of the checkpoint, and as listed.
 
-    None if there is no problem. Raises OSError if a network file system is gone.
+    Raises OSError if a network file system is gone.
     """
     root = folder.resolve()
     for name in names:
         path = folder / name
-        expected = manifest.files[name]
         try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                return f"{name}: not a regular file"
-            if path.resolve() != root / name:
-                return f"{name}: a link, expected a file in the checkpoint's own folder"
-            if status.st_size != expected.bytes:
-                return f"{name}: {status.st_size} bytes, expected {expected.bytes}"
-            if file_entry(path) != expected:
-                return f"{name}: its checksum is not the one in {MANIFEST}"
+            is_own_file = stat.S_ISREG(path.stat().st_mode) and path.resolve() == root / name
+            problem = None if is_own_file else "a link or not a regular file"
+            if problem is None and file_entry(path) != manifest.files[name]:
+                problem = f"its size or checksum is not the one in {MANIFEST}"
         except OSError as error:
             raise_if_lost(error)
-            return f"{name}: {error.strerror}"
-    return None
+            problem = error.strerror
+        if problem is not None:
+            raise CheckpointError(f"{path}: damaged, {problem}; use an older checkpoint")

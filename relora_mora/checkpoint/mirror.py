@@ -2,14 +2,14 @@
 
 ::
 
-    URL/owner.json                      who trains: a token, host and process, and a beat that changes while it lives
+    URL/owner.json                      who trains: a token, host and process, and a beat that changes; gone at the end
     URL/manifests/step-00000200.json    the manifest of a checkpoint, written after its files
     URL/files/DIGEST                    the files of checkpoints by their xxh3-128, so that each is sent once
     URL/run/...                         the small files of the run folder, as they were at the newest checkpoint
 
-A thread of the first rank sends checkpoints that are complete on disk. Training never waits for it: what fails is sent
-again, and if the store is slow, only the newest checkpoint is sent. ``URL`` is a path, or that of any store that fsspec
-knows; its login comes from the store's own means.
+A thread of the first rank looks for a new checkpoint on the disk and sends it. Training never waits for it: what fails
+is sent again, and if the store is slow, only the newest checkpoint is sent. ``URL`` is a path, or that of any store
+that fsspec knows; its login comes from the store's own means.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +29,7 @@ from relora_mora.system.files import link_or_copy, remove, sync, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
+OWNER = "owner.json"
 BEAT_SECONDS = 20.0
 SILENCE_SECONDS = 3 * BEAT_SECONDS  # a trainer without a beat for so long has ended
 FIRST_WAIT_SECONDS = 1.0  # before a fault is tried again; it doubles
@@ -44,9 +45,9 @@ class MirrorError(ValueError):
 class Mirror:
     """The mirror of the run in ``run``; first rank only.
 
-    ``claim`` and ``fetch`` come first, in this order. Then ``start`` begins to send, ``offer`` gives it a checkpoint,
-    and ``close`` waits for what is left. ``report`` gets a line for each fault. Raises :class:`MirrorError` for a store
-    that cannot be opened.
+    ``claim`` and ``fetch`` come first, in this order. Then ``start`` begins to send what is saved, and ``close`` waits
+    for what is left. ``report`` gets a line for each fault. Raises :class:`MirrorError` for a store that cannot be
+    opened.
     """
 
     def __init__(self, url: str, run: RunFolder, report: Callable[[str], None] = log.warning) -> None:
@@ -54,14 +55,14 @@ class Mirror:
         self._report = report
         self._store = open_store(url)
         self._token = uuid.uuid4().hex
-        self._beats = self._offers = 0
-        self._offered: Path | None = None  # a folder with links to the files of the newest checkpoint
+        self._beats = 0
         self._there: dict[str, layout.Manifest] = {}  # the manifests in the store by name
-        self._changed = threading.Condition()
-        self._closing = False
+        self._sent = ""  # the name of the checkpoint that was sent last
         self._lost = False  # another trainer has taken the mirror
+        self._closing = threading.Event()
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._sender = threading.Thread(target=self._send_all, daemon=True, name="mirror")
+        self._pulse = threading.Thread(target=self._show_life, daemon=True, name="mirror beats")
 
     # ---- before training ---------------------------------------------------------------------------------------
 
@@ -69,8 +70,14 @@ class Mirror:
         """Takes the mirror. Raises :class:`MirrorError` if another trainer has it and lives, or if the store fails."""
         with _faults_named():
             before = self._owner()
-            if before and not before.get("released") and before.get("folder") != self._folder():
-                self._await_silence(before)
+            if before and before.get("folder") != self._folder():
+                log.info("waiting %.0f s to see whether the mirror's trainer (%s) lives", SILENCE_SECONDS, _who(before))
+                time.sleep(SILENCE_SECONDS)
+                if self._owner() not in ({}, before):
+                    raise MirrorError(
+                        f"checkpoint.mirror: another trainer sends its checkpoints there ({_who(before)}); "
+                        "wait until it ends, stop it, or give another checkpoint.mirror"
+                    )
             self._beat()
             self._there = dict(self._manifests())
 
@@ -95,38 +102,30 @@ class Mirror:
                 f"checkpoint.mirror: it holds checkpoints up to step {there[0].step}, and train.resume={resume}; "
                 "train.resume=auto continues from them, or give another checkpoint.mirror"
             )
-        problems = []
         for manifest in there:
-            name = layout.step_folder(manifest.step)
-            size = sum(entry.bytes for entry in manifest.files.values())
-            log.info("fetching %s from the mirror (%.1f MB)", name, size / 1e6)
-            with _faults_named():
-                problem = self._fetch(name, manifest)
-            if problem is None:
+            try:
+                with _faults_named():
+                    self._fetch(manifest)
+            except layout.CheckpointError as error:
+                log.warning("passed over a checkpoint of the mirror: %s", error)
+            else:
                 return manifest.step
-            problems.append(f"{name}: {problem}")
-            log.warning("passed over %s of the mirror", problems[-1])
         raise MirrorError(
-            f"checkpoint.mirror: no checkpoint in it is whole ({problems[0]}); give another checkpoint.mirror to start "
-            "again"
+            "checkpoint.mirror: no checkpoint in it is whole; give another checkpoint.mirror to start again"
         )
 
-    def _fetch(self, name: str, manifest: layout.Manifest) -> str | None:
-        """Fetches a checkpoint and the files of the run; returns the problem if its files are not as listed."""
-        final = self._run.checkpoints / name
-        work = final.with_name(f"{name}.fetched{layout.TEMPORARY}")
+    def _fetch(self, manifest: layout.Manifest) -> None:
+        """Fetches a checkpoint and the files of the run. Raises :class:`CheckpointError` if a file is not as listed."""
+        final = self._run.checkpoints / layout.step_folder(manifest.step)
+        size = sum(entry.bytes for entry in manifest.files.values())
+        log.info("fetching %s from the mirror (%.1f MB)", final.name, size / 1e6)
+        work = final.with_name(f"{final.name}.fetched{layout.TEMPORARY}")
         remove(work)
-        work.mkdir(parents=True)
-        try:
-            for file, entry in manifest.files.items():
-                (work / file).parent.mkdir(parents=True, exist_ok=True)
-                self._store.get_file(f"files/{entry.xxh3_128}", str(work / file))
-            problem = layout.damage(work, manifest, manifest.files)
-        except FileNotFoundError:
-            problem = f"{file} is missing"
-        if problem is not None:
-            remove(work)
-            return problem
+        for name, entry in manifest.files.items():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # damage, which is found below
+                self._store.get_file(f"files/{entry.xxh3_128}", str(work / name))
+        layout.check_files(work, manifest, manifest.files)
         write_synced(work / layout.MANIFEST, manifest.dump())
         for path in self._small_files():
             with contextlib.suppress(FileNotFoundError):
@@ -134,72 +133,40 @@ class Mirror:
                 self._store.get_file(f"run/{path.relative_to(self._run.path)}", str(path))
         work.rename(final)
         sync(final.parent)
-        return None
 
     # ---- while it trains -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begins to send, first what the store lacks."""
-        self._thread = threading.Thread(target=self._work, daemon=True, name="mirror")
-        self._thread.start()
-        threading.Thread(target=self._show_life, daemon=True, name="mirror beats").start()
-        own = layout.list_checkpoints(self._run.checkpoints)
-        if own and own[0].name not in self._there and (own[0] / layout.MANIFEST).exists():
-            self.offer(own[0])
-
-    def offer(self, checkpoint: Path) -> None:
-        """Has the thread send a complete checkpoint. Links keep its files even if the checkpoint is removed."""
-        if self._lost:
-            return
-        self._offers += 1
-        links = checkpoint.with_name(f"{checkpoint.name}.mirror-{self._offers}{layout.TEMPORARY}")
-        shutil.copytree(checkpoint, links, copy_function=link_or_copy)
-        for path in self._small_files():
-            if path.exists():
-                target = links / "run" / path.relative_to(self._run.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, target)
-        with self._changed:
-            if self._offered is not None:
-                remove(self._offered)
-            self._offered = links
-            self._changed.notify()
+        self._sender.start()
+        self._pulse.start()
 
     def close(self, *, wait: bool = True) -> None:
         """Waits for what is left to send, and gives the mirror free; without ``wait`` the thread does so by itself."""
-        if self._thread is None:
-            return
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(CLOSE_SECONDS if wait else 0)
-        self._ended.set()
-        if wait and self._thread.is_alive():
+        self._closing.set()
+        self._sender.join(CLOSE_SECONDS if wait else 0)
+        if wait and self._sender.is_alive():
             self._report(
                 f"checkpoint.mirror: the last checkpoint was not sent in {CLOSE_SECONDS:.0f} s; "
                 "the same command sends it"
             )
 
-    # ---- the thread ------------------------------------------------------------------------------------------------
+    # ---- the threads -----------------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _send_all(self) -> None:
         wait = FIRST_WAIT_SECONDS
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._offered is not None or self._closing)
-                links, self._offered = self._offered, None
-            if self._lost:
-                return
+        while not self._lost:
+            is_last = self._closing.is_set()  # asked first: what is complete by now is still sent
             try:
-                if links is None:
+                self._send_newest()
+                if is_last:
                     self._ended.set()
-                    self._beat(released=True)
+                    self._pulse.join()  # else it could write the owner again
+                    self._store.rm_file(OWNER)
                     return
-                self._send(links)
-                remove(links)
                 wait = FIRST_WAIT_SECONDS
+                self._closing.wait(POLL_SECONDS)
             except Exception as error:  # stores raise types of their own
-                self._put_back(links)
                 self._report(
                     f"checkpoint.mirror: {_reason(error)}; training goes on, and it is tried again in {wait:.0f} s"
                 )
@@ -212,21 +179,25 @@ class Mirror:
                 self._check_owner()
                 self._beat()
 
-    def _put_back(self, links: Path | None) -> None:
-        """Offers a checkpoint again, unless a newer one was offered since."""
-        if links is None:
-            return
-        with self._changed:
-            if self._offered is None:
-                self._offered = links
-                return
-        remove(links)
-
     def _check_owner(self) -> None:
         owner = self._owner()
         if owner.get("token", self._token) != self._token and not self._lost:
             self._lost = True
             self._report(f"checkpoint.mirror: another trainer has taken it ({_who(owner)}); nothing more is sent")
+
+    def _send_newest(self) -> None:
+        """Sends the newest checkpoint if that has changed. Links keep its files even if it is removed meanwhile."""
+        checkpoint = next(iter(layout.list_checkpoints(self._run.checkpoints)), None)
+        if checkpoint is None or checkpoint.name == self._sent:
+            return
+        links = checkpoint.with_name(f"{checkpoint.name}.mirror{layout.TEMPORARY}")
+        remove(links)
+        try:
+            shutil.copytree(checkpoint, links, copy_function=link_or_copy)
+            self._send(links)
+            self._sent = checkpoint.name
+        finally:
+            remove(links)
 
     def _send(self, links: Path) -> None:
         """Sends the files that the store lacks, then the manifest, and removes what is gone from the disk."""
@@ -236,9 +207,9 @@ class Mirror:
         self._check_owner()
         if self._lost:
             return
-        for path in (links / "run").rglob("*"):
-            if path.is_file():
-                self._put(path, f"run/{path.relative_to(links / 'run')}")
+        for path in self._small_files():
+            if path.exists():
+                self._store.pipe_file(f"run/{path.relative_to(self._run.path)}", path.read_bytes())
         name = layout.step_folder(manifest.step)
         self._store.pipe_file(f"manifests/{name}.json", manifest.dump().encode())
         self._there[name] = manifest
@@ -251,51 +222,42 @@ class Mirror:
             self._store.rm_file(f"manifests/{name}.json")
             del self._there[name]
         used = {entry.xxh3_128 for manifest in self._there.values() for entry in manifest.files.values()}
-        for path in self._list("files"):
+        for path in self._store.find("files"):
             if PurePosixPath(path).name not in used:
                 self._store.rm_file(path)
 
-    def _put(self, path: Path, name: str, size: int | None = None) -> None:
+    def _put(self, path: Path, name: str, size: int) -> None:
         """Sends a file, unless one of this size is there."""
-        if size is not None and self._size(name) == size:
+        if self._size(name) == size:
             return
         self._store.put_file(str(path), name)
-        if self._size(name) != path.stat().st_size:
+        if self._size(name) != size:
             raise OSError(f"{name} did not arrive whole")
 
     # ---- the store ---------------------------------------------------------------------------------------------------
 
     def _size(self, name: str) -> int | None:
-        self._store.invalidate_cache()
         try:
             return int(self._store.info(name)["size"])
         except FileNotFoundError:
             return None
 
-    def _list(self, name: str) -> list[str]:
-        self._store.invalidate_cache()
-        try:
-            return [str(path) for path in self._store.ls(name, detail=False)]
-        except FileNotFoundError:
-            return []
-
-    def _manifests(self) -> Iterable[tuple[str, layout.Manifest]]:
-        for path in self._list("manifests"):
-            name = PurePosixPath(path).stem
+    def _manifests(self) -> Iterator[tuple[str, layout.Manifest]]:
+        for path in map(PurePosixPath, self._store.find("manifests")):
             try:
-                yield name, layout.parse_manifest(Path(path).name, self._store.cat_file(path))
+                yield path.stem, layout.parse_manifest(path.name, self._store.cat_file(str(path)))
             except layout.CheckpointError as error:
-                log.warning("passed over %s of the mirror: %s", name, error)
+                log.warning("passed over %s of the mirror: %s", path.stem, error)
 
     def _owner(self) -> dict[str, Any]:
-        self._store.invalidate_cache()
+        """The content of the owner's file; empty if nobody has the mirror."""
         try:
-            content = json.loads(self._store.cat_file("owner.json"))
+            content = json.loads(self._store.cat_file(OWNER))
         except (FileNotFoundError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _beat(self, *, released: bool = False) -> None:
+    def _beat(self) -> None:
         self._beats += 1
         content = {
             "token": self._token,
@@ -303,27 +265,12 @@ class Mirror:
             "pid": os.getpid(),
             "folder": self._folder(),
             "beat": self._beats,
-            "released": released,
         }
-        self._store.pipe_file("owner.json", json.dumps(content).encode())
+        self._store.pipe_file(OWNER, json.dumps(content).encode())
 
     def _folder(self) -> str:
         """The run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time."""
         return f"{socket.gethostname()}:{self._run.path.resolve()}"
-
-    def _await_silence(self, before: dict[str, Any]) -> None:
-        log.info("waiting %.0f s to see whether the mirror's trainer (%s) is alive", SILENCE_SECONDS, _who(before))
-        deadline = time.monotonic() + SILENCE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-            now = self._owner()
-            if now.get("released"):
-                return
-            if now != before:
-                raise MirrorError(
-                    f"checkpoint.mirror: another trainer sends its checkpoints there ({_who(now)}); "
-                    "wait until it ends, stop it, or give another checkpoint.mirror"
-                )
 
     def _small_files(self) -> list[Path]:
         run = self._run
@@ -336,9 +283,9 @@ def open_store(url: str) -> Any:
     from fsspec.core import url_to_fs
     from fsspec.implementations.dirfs import DirFileSystem
 
-    on_disk = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}
+    options = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {"use_listings_cache": False}
     try:
-        store, root = url_to_fs(url, **on_disk)
+        store, root = url_to_fs(url, **options)
     except Exception as error:  # a missing package, an unknown store, or a store's own type
         raise MirrorError(
             f"checkpoint.mirror: its store cannot be opened ({_reason(error)}); check the address and the login"
@@ -351,7 +298,7 @@ def _faults_named() -> Iterator[None]:
     """Turns a fault of the store before training into a :class:`MirrorError`."""
     try:
         yield
-    except MirrorError:
+    except (MirrorError, layout.CheckpointError):
         raise
     except Exception as error:  # stores raise types of their own, whose messages may hold the url
         raise MirrorError(

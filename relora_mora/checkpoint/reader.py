@@ -1,9 +1,8 @@
 """Finds the checkpoint that a user names, and loads it into any world size and ZeRO stage."""
 
-import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from relora_mora.checkpoint import layout
-from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.distributed.collectives import on_all_ranks, same_on_all_ranks
 from relora_mora.optim.rules import state_dtype
 from relora_mora.system.files import raise_if_lost
 from relora_mora.system.logs import shared_log
@@ -22,8 +22,7 @@ if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.merging import FrozenMasters
 
 
-# of tensors in a file: safetensors' names, and ours with an article
-_TYPES = {torch.float32: ("F32", "a float32"), torch.int8: ("I8", "an int8"), torch.uint8: ("U8", "a uint8")}
+_TYPES = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}  # as safetensors names them
 
 
 class _Piece(NamedTuple):
@@ -54,7 +53,11 @@ class CheckpointReader:
             if file.endswith(".safetensors") and "/" not in file:
                 self._index(file)
         for (kind, name), pieces in self._pieces.items():
-            self._check_complete(kind, name, sorted(pieces))
+            *ends, end = itertools.accumulate((piece.numel for piece in sorted(pieces)), initial=0)
+            numel = self.manifest.numel(name, kind)
+            if [piece.start for piece in sorted(pieces)] != ends or end != numel:
+                files = "base-*" if kind == "base" else "state-*"
+                raise self._damaged(f"{files}: do not hold each of the {numel} elements of {kind} of {name} once")
 
     def _index(self, file: str) -> None:
         for key in self._open(file).keys():  # noqa: SIM118 - a safetensors handle is not a mapping
@@ -62,23 +65,14 @@ class CheckpointReader:
             kind, _, rest = key.partition("|")
             name, _, start = rest.rpartition("|")
             well_formed = (kind, name) in self._pieces and start.isascii() and start.isdigit()
-            dtype, piece = _TYPES[state_dtype(kind)]
-            if not well_formed or tensor.get_dtype() != dtype:
-                raise self._damaged(
-                    f"{file}: {key} ({tensor.get_dtype()}) is not {piece} piece of a parameter in the manifest"
-                )
+            expected = _TYPES[state_dtype(kind)]
+            if not well_formed or tensor.get_dtype() != expected:
+                found = f"{key} ({tensor.get_dtype()})"
+                raise self._damaged(f"{file}: {found} is not an {expected} piece of a parameter in the manifest")
             self._pieces[kind, name].append(_Piece(int(start), math.prod(tensor.get_shape()), file, key))
 
-    def _check_complete(self, kind: str, name: str, pieces: list[_Piece]) -> None:
-        *ends, end = itertools.accumulate((piece.numel for piece in pieces), initial=0)
-        numel = self.manifest.numel(name, kind)
-        if [piece.start for piece in pieces] != ends or end != numel:
-            prefix = "base-" if kind == "base" else "state-"
-            files = ", ".join(sorted(file for file in self.manifest.files if file.startswith(prefix))) or "its files"
-            raise self._damaged(f"{files}: do not hold each of the {numel} elements of {kind} of {name} once")
-
-    def _damaged(self, problem: str) -> layout.CheckpointError:
-        return layout.CheckpointError(f"{self.folder}/{problem}; use an older checkpoint")
+    def _damaged(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder}/{problem}; use an older checkpoint")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -106,7 +100,7 @@ class CheckpointReader:
                     raise self._damaged(f"{piece.file}: cannot be read ({error})") from error
                 out[left - start : right - start] = values[left - piece.start : right - piece.start]
         if not out.isfinite().all():
-            raise layout.CheckpointError(
+            raise CheckpointError(
                 f"{self.folder}: {kind} of {name} holds numbers that are not finite; use an older checkpoint"
             )
         return out
@@ -116,13 +110,13 @@ class CheckpointReader:
         kind = "master" if name in self.manifest.parameters else "base"
         shape = (self.manifest.parameters | self.manifest.frozen).get(name)
         if shape is None:
-            raise layout.CheckpointError(f"{self.folder}: has no parameter {name}")
+            raise CheckpointError(f"{self.folder}: has no parameter {name}")
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
     def restore(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
         """Loads this checkpoint into an engine and its frozen masters; a collective.
 
-        Raises :class:`CheckpointError` on all ranks, even if only one cannot read what it needs.
+        Raises an error on all ranks, even if only one cannot read what it needs.
         """
         trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
@@ -132,19 +126,12 @@ class CheckpointReader:
         if ours != (saved.parameters, saved.frozen, moments, saved.matrix_states, set(saved.group_steps)):
             different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
-                layout.CheckpointError(
+                CheckpointError(
                     f"{self.folder}: its trainable parameters differ from this run's ({different}); "
                     "resume with the settings that it was saved with"
                 )
             )
-        problem: str | None = None
-        try:
-            self._read_own(engine, base)
-        except layout.CheckpointError as error:
-            problem = str(error)
-        problems = [text for text in gather_from_ranks(problem) if text is not None]
-        if problems:
-            raise same_on_all_ranks(layout.CheckpointError(problems[0]))
+        on_all_ranks(lambda: self._read_own(engine, base))
         self._files.clear()  # else a removed checkpoint would keep its disk space until the run ends
         engine.refresh()
         base.push(engine)
@@ -165,60 +152,36 @@ class CheckpointReader:
         base.take(self.weight)
 
 
-def verify(folder: Path, ranks: tuple[int, int] | None = None) -> str | None:
-    """The problem with a checkpoint; None if it is complete and intact.
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Raises :class:`CheckpointError` unless a checkpoint is complete and intact.
 
-    With ``ranks``, which is this rank and their number, this is a collective, and the ranks share the reading.
+    A rank only reads its share of the files.
     """
-    if ranks is None:
-        return _damage_of_files(folder) or _damage_of_content(folder)
-    problems = filter(None, gather_from_ranks(_damage_of_files(folder, *ranks)))
-    return next(problems, None) or from_first_rank(lambda: _damage_of_content(folder))
-
-
-def _damage_of_files(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    try:
-        manifest = layout.read_manifest(folder)
-    except layout.CheckpointError as error:
-        return str(error)
+    manifest = layout.read_manifest(folder)
     if layout.step_of(folder) not in (None, manifest.step):
-        return f"{layout.MANIFEST}: belongs to step {manifest.step}"
-    return layout.damage(folder, manifest, list(manifest.files)[rank::world_size])
+        raise CheckpointError(f"{folder / layout.MANIFEST}: belongs to step {manifest.step}")
+    layout.check_files(folder, manifest, list(manifest.files)[rank::world_size])
+    CheckpointReader(folder)
 
 
-def _damage_of_content(folder: Path) -> str | None:
-    try:
-        CheckpointReader(folder)
-    except layout.CheckpointError as error:
-        return str(error)
-    return None
-
-
-def newest_whole(
-    folder: Path, ranks: tuple[int, int] | None = None, suits: Callable[[Path], bool] = lambda path: True
-) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in ``folder`` that suits, and the problems of newer ones that suit.
-
-    With ``ranks`` this is a collective; see :func:`verify`.
-    """
-
-    def candidates() -> list[Path]:
-        return [path for path in layout.list_checkpoints(folder) if suits(path)]
-
-    skipped: list[str] = []
-    for candidate in candidates() if ranks is None else from_first_rank(candidates):
-        problem = verify(candidate, ranks)
-        if problem is None:
-            return candidate, skipped
-        skipped.append(f"{candidate.name}: {problem.removeprefix(f'{candidate}/').removeprefix(f'{candidate}: ')}")
-    return None, skipped
+def first_whole(checkpoints: Iterable[Path], check: Callable[[Path], object] = verify) -> tuple[Path | None, list[str]]:
+    """The first checkpoint for which ``check`` raises no ValueError, and the errors of those before it."""
+    problems = []
+    for checkpoint in checkpoints:
+        try:
+            check(checkpoint)
+        except ValueError as error:  # also RanksError
+            problems.append(str(error))
+        else:
+            return checkpoint, problems
+    return None, problems
 
 
 def check_folder(path: Path) -> None:
     """Raises :class:`CheckpointError` if there is no folder, so neither a run nor a checkpoint."""
     if not path.is_dir():
         fault = "not a folder" if path.exists() else "not found"
-        raise layout.CheckpointError(
+        raise CheckpointError(
             f"{path}: {fault}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
         )
 
@@ -231,21 +194,25 @@ def find_checkpoint(path: Path) -> Path:
     """
     path = at_best(path)
     for folder in (path, RunFolder(path).checkpoints):
-        while candidates := layout.list_checkpoints(folder):
-            found, skipped = newest_whole(folder)
-            if found is not None:
-                for reason in skipped:
-                    shared_log.warning("%s: passed over %s", folder, reason)
-                return found
-            if layout.list_checkpoints(folder) == candidates:  # else a run has written newer ones and removed these
-                raise layout.CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(skipped)}")
+        found, problems = first_whole(layout.list_checkpoints(folder))
+        if found is None and problems:
+            raise CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(problems)}")
+        for problem in problems:
+            shared_log.warning("passed over %s", problem)
+        if found is not None:
+            return found
     check_folder(path)
-    problem = verify(path)
-    if problem is not None:
-        raise layout.CheckpointError(
-            problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint"
-        )
+    verify(path)
     return path
+
+
+def newest_manifest(path: Path) -> layout.Manifest:
+    """The manifest of the checkpoint that :func:`find_checkpoint` would find if it only looked at manifests."""
+    path = at_best(path)
+    for folder in (path, RunFolder(path).checkpoints):
+        found, _ = first_whole(layout.list_checkpoints(folder), layout.read_manifest)
+        path = found or path
+    return layout.read_manifest(path)
 
 
 def at_best(path: Path) -> Path:
@@ -257,18 +224,4 @@ def at_best(path: Path) -> Path:
         if step is not None:
             return checkpoints / layout.step_folder(step)
     fault = "names no best checkpoint; a run has one after an evaluation, if checkpoint.keep_best names a metric"
-    raise layout.CheckpointError(f"{path.parent}: {fault}")
-
-
-def newest_manifest(path: Path) -> layout.Manifest:
-    """The manifest of the checkpoint at ``path``, or the newest readable one if that is a run folder or its
-    ``checkpoints/``. The checkpoint's other files are not checked.
-
-    Raises :class:`CheckpointError` if there is none.
-    """
-    path = at_best(path)
-    for folder in (path, RunFolder(path).checkpoints):
-        for checkpoint in layout.list_checkpoints(folder):
-            with contextlib.suppress(layout.CheckpointError):
-                return layout.read_manifest(checkpoint)
-    return layout.read_manifest(path)
+    raise CheckpointError(f"{path.parent}: {fault}")

@@ -33,19 +33,10 @@ def control_group() -> Any:
 
 def sum_over_hosts(values: list[float]) -> list[float]:
     """Sums float64 numbers over the ranks without waiting for a device; a collective."""
-    return _reduce_on_hosts(values, dist.ReduceOp.SUM)
-
-
-def least_over_hosts(values: list[float]) -> list[float]:
-    """The least float64 number of the ranks at each index; a collective like :func:`sum_over_hosts`."""
-    return _reduce_on_hosts(values, dist.ReduceOp.MIN)
-
-
-def _reduce_on_hosts(values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
     if dist.get_world_size() == 1:
         return values
     numbers = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(numbers, operation, group=control_group())
+    dist.all_reduce(numbers, group=control_group())
     return numbers.tolist()
 
 

@@ -54,17 +54,14 @@ def bind_device() -> torch.device | None:
     """
     if not uses_cuda():
         if os.environ.get("DS_ACCELERATOR") == "cuda":
-            raise ValueError(
-                "DS_ACCELERATOR=cuda in the environment: torch sees no GPU here; unset it to compute on CPUs"
-            )
+            raise ValueError("DS_ACCELERATOR=cuda in the environment, but torch sees no GPU; unset it to use CPUs")
         return None
-    local_rank = int(os.environ["LOCAL_RANK"])
     visible = torch.cuda.device_count()
-    index = 0 if visible == 1 else local_rank
+    index = 0 if visible == 1 else int(os.environ["LOCAL_RANK"])
     if index >= visible:
         raise ValueError(
-            f"LOCAL_RANK={local_rank} in the environment, but only {visible} GPUs are visible; start one rank for each "
-            "GPU, or compute on CPUs with DS_ACCELERATOR=cpu in the environment"
+            f"LOCAL_RANK={index} in the environment, but only {visible} GPUs are visible; start one rank for each GPU, "
+            "or compute on CPUs with DS_ACCELERATOR=cpu in the environment"
         )
     torch.cuda.set_device(index)
     os.environ["LOCAL_RANK"] = str(index)
@@ -83,12 +80,10 @@ def join(timeout_seconds: float) -> None:
     if the host allows too few open files.
     """
     if not dist.is_initialized():
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):  # the kernel's own limit may be lower
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the first rank has connections to all others
         for name, value in _WITHOUT_LAUNCHER.items():
             os.environ.setdefault(name, value)
-        _connect(timeout_seconds)
+        os.environ.update(_NO_ABORTS)
+        _connect(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_seconds)
         if not uses_cuda():
             keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -100,12 +95,12 @@ def joined_within(timeout_seconds: float) -> float:
     return 2 * timeout_seconds + 60
 
 
-def _connect(timeout_seconds: float) -> None:
-    os.environ.update(_NO_ABORTS)
-    rank = int(os.environ["RANK"])
-    world_size = int(os.environ["WORLD_SIZE"])
+def _connect(rank: int, world_size: int, timeout_seconds: float) -> None:
     device = bind_device()
     begin = time.monotonic()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # the kernel's own limit may be lower
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the first rank has connections to all others
     try:
         dist.init_process_group(
             backend_name(),
@@ -120,16 +115,14 @@ def _connect(timeout_seconds: float) -> None:
             control_group()
     except RuntimeError as error:
         if os.strerror(errno.EMFILE) in str(error):
-            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-            message = f"a process may have {most} files open on this host, too few for a rank; raise ulimit -n"
-            raise ValueError(message) from error
+            fault = f"a process may have {most} files open on this host, too few for a rank; raise ulimit -n"
+            raise ValueError(fault) from error
         if not is_peer_failure(error):
             raise
         address, port = store_address()
-        raise JoinError(
-            f"rank {rank} of {world_size} did not join the others at {address}:{port} in "
-            f"{time.monotonic() - begin:.0f} s ({' '.join(str(error).split())}); {CHECKS}"
-        ) from error
+        fault = f"rank {rank} of {world_size} did not join the others at {address}:{port}"
+        seconds = time.monotonic() - begin
+        raise JoinError(f"{fault} in {seconds:.0f} s ({' '.join(str(error).split())}); {CHECKS}") from error
 
 
 def _meet(rank: int, world_size: int, timeout_seconds: float) -> dist.Store:

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,6 +65,17 @@ USER_ERROR = 2
 LOST = 69
 # EX_TEMPFAIL: stopped on request with everything saved; the same command continues from there
 REQUEUE = 75
+
+
+@dataclass(frozen=True)
+class PeerFailure:
+    """The reason why the whole job ends: the ranks at fault, the exit code for all ranks, and a sentence."""
+
+    ranks: list[int]
+    code: int
+    reason: str
+    announced: bool = False  # the rank exits by itself and has announced it
+
 
 LAST_SECONDS = 3.0  # for the last messages and records of a process that must end
 

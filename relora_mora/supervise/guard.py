@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from relora_mora.supervise import exits
-from relora_mora.supervise.heartbeat import PeerFailure
+from relora_mora.supervise.exits import PeerFailure
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.process import say
@@ -40,9 +40,8 @@ class Guard:
         self._folder: Path | None = None
         self._training = False
         self._decided: tuple[int, str] | None = None
-        self._recording = threading.Lock()
-        self._recorded = False
-        self._ending = threading.Lock()  # the thread that ends the process takes it and keeps it
+        self._recorded = threading.Lock()  # taken by the first record, which counts
+        self._ending = threading.Lock()  # taken by the thread that ends the process
         self._closed = threading.Event()
         self._signals = exits.StopSignals(self._on_first_signal, self._on_second_signal) if signals else None
         self._launchers = Launchers() if signals else None
@@ -59,7 +58,7 @@ class Guard:
     # ---- called by the main thread ----------------------------------------------------------------------------
 
     def hold(self, lock: RunLock) -> None:
-        """The first rank holds the lock of the run folder. From now on, the end of the run is recorded there."""
+        """The first rank holds the lock of the run folder, and records the end of the run there."""
         self._lock = lock
         self.record_in(lock.path.parent)
 
@@ -95,10 +94,8 @@ class Guard:
 
     def record(self, code: int, reason: str) -> None:
         """Records the end of this run in its folder. Only the first call counts."""
-        with self._recording:
-            if self._folder is not None and not self._recorded:
-                self._recorded = True
-                exits.record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
+        if self._folder is not None and self._recorded.acquire(blocking=False):
+            exits.record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
 
     def announce_exit(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
         """This rank exits with an error. The others must know, unless they exit with the same error."""
@@ -109,9 +106,10 @@ class Guard:
             time.sleep(self._linger_seconds())
 
     def peer_failed(self, error: str) -> None:
-        """Ends the process after a collective failed because another rank is gone, and names that rank."""
+        """Ends the process after a collective failed because another rank is gone, once the first rank names that."""
         if self._watchdog is not None:
-            self.end(self._watchdog.diagnose(error))
+            self._watchdog.begin("waiting for the cause of a failed collective", failed=error)
+            self._closed.wait()  # the watchdog ends the process
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self._training:
             self._leave(exits.LOST, f"another rank was lost at the start ({error})")
 
@@ -145,74 +143,64 @@ class Guard:
         if self._signals is not None:
             self._signals.close()
 
-    # ---- called by other threads ------------------------------------------------------------------------------
+    # ---- called by other threads: each of these ends the process, whatever its main thread is waiting for ----------
 
     def end(self, failure: PeerFailure) -> None:
-        """Ends the process now, whatever its main thread is waiting for.
+        """A rank has failed. The first rank reports it; if it is at fault itself, every rank does.
 
-        Two threads may find a failure at the same moment. The first one ends the process.
-        """
-        self._leave_if_decided()
-        self._ending.acquire()
-        exits.leave_now(
-            failure.code,
-            lambda: self._report(failure),
-            linger=self._linger_seconds(),
-        )
-
-    def _linger_seconds(self) -> float:
-        """The first rank holds the store, in which the others read why the job ends."""
-        watchdog = self._watchdog  # the main thread may set it to None
-        return watchdog.linger_seconds if self.rank == 0 and watchdog is not None else 0.0
-
-    def _report(self, failure: PeerFailure) -> None:
-        """The first rank reports a failure. If it is at fault itself, every rank does, and the second one records it.
-
-        A rank that has announced its exit has reported it.
+        The failure is recorded by the first rank, or else the second. A rank that announced its exit has done both.
         """
         first_failed = 0 in failure.ranks
+        words: list[Callable[[], object]] = []
         if self.rank == 0 or (first_failed and not failure.announced):
-            self._say(failure.reason)
+            words.append(lambda: self._say(failure.reason))
         if self.rank == int(first_failed) and not failure.announced:
-            self.record(failure.code, failure.reason)
+            words.append(lambda: self.record(failure.code, failure.reason))
+        self._exit(failure.code, *words)
 
     def folder_lost(self, why: str) -> None:
         """The lock of the run folder was lost (see :class:`RunLock`), so this trainer must not write there any more."""
-        self._leave_if_decided()
         code, reason = exits.USER_ERROR, "the run folder was removed or moved, or another trainer works in it now"
         if why == "refresh-failed":
             code, reason = exits.LOST, "the run folder's disk cannot be written"
-        self._folder = None  # the end of this run is not recorded there
+        if self._decided is None:
+            self._folder = None  # the end of this run is not recorded there
         self._leave(code, f"{reason}: exited without saving", announced=True)
 
     def _on_first_signal(self, number: signal.Signals) -> None:
         self._request_stop(f"{number.name} to rank {self.rank}")
 
     def _on_second_signal(self, number: signal.Signals) -> None:
-        self._leave_if_decided()
         self._leave(128 + number, f"a second signal ({number.name}) to rank {self.rank}: exited without saving")
 
-    def _leave(self, code: int, reason: str, *, announced: bool = False) -> NoReturn:
-        """Ends the process now, whatever its main thread is doing; if ``announced``, the other ranks hear of it."""
-        watchdog = self._watchdog if announced else None  # the main thread may set it to None
-        last_words: list[Callable[[], object]] = [lambda: self._say(reason), lambda: self.record(code, reason)]
-        if watchdog is not None:
-            last_words.append(lambda: watchdog.announce_exit(code, reason))
-        exits.leave_now(code, *last_words, linger=self._linger_seconds() if announced else 0.0)
+    def _request_stop(self, reason: str) -> None:
+        self.stop_reason = reason
+        if not self._training:
+            self._leave(exits.REQUEUE, f"{reason} before the first step: nothing to save", announced=True)
 
-    def _leave_if_decided(self) -> None:
+    def _leave(self, code: int, reason: str, *, announced: bool = False) -> NoReturn:
+        """Says and records why this rank ends; if ``announced``, the other ranks end as well."""
+        words: list[Callable[[], object]] = [lambda: self._say(reason), lambda: self.record(code, reason)]
+        watchdog = self._watchdog  # the main thread may set it to None
+        if announced and watchdog is not None:
+            words.append(lambda: watchdog.announce_exit(code, reason))
+        self._exit(code, *words)
+
+    def _exit(self, code: int, *words: Callable[[], object]) -> NoReturn:
+        """Ends the process, as was decided if it was. Of two threads that come here, the first one does."""
+        self._ending.acquire()
         if self._decided is not None:
-            exits.leave_now(self._decided[0], self._record_decided, linger=self._linger_seconds())
+            code, words = self._decided[0], (self._record_decided,)
+        exits.leave_now(code, *words, linger=self._linger_seconds())
+
+    def _linger_seconds(self) -> float:
+        """The first rank holds the store, in which the others read why the job ends."""
+        watchdog = self._watchdog  # the main thread may set it to None
+        return watchdog.linger_seconds if self.rank == 0 and watchdog is not None else 0.0
 
     def _record_decided(self) -> None:
         if self._decided is not None and self.rank == 0:
             self.record(*self._decided)
-
-    def _request_stop(self, reason: str) -> None:
-        self.stop_reason = reason
-        if self._training:
-            return
-        self._leave(exits.REQUEUE, f"{reason} before the first step: nothing to save", announced=True)
 
     def _run(self) -> None:
         """The guard's own thread, until it is closed."""
@@ -235,7 +223,6 @@ class Guard:
                 self._launcher_deadline = time.monotonic() + LAUNCHER_SECONDS
                 self._request_stop(f"the launcher of rank {self.rank} is gone ({gone})")
         elif time.monotonic() > self._launcher_deadline:
-            self._leave_if_decided()
             self._leave(exits.LOST, f"{self.stop_reason}; the run was not saved within {LAUNCHER_SECONDS:.0f} s")
 
     def _say(self, text: str) -> None:

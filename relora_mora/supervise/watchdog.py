@@ -1,42 +1,89 @@
 """A thread of each rank that watches the other ranks through the job's key-value store, which works while a collective
 hangs.
 
-Every rank publishes heartbeats with its last action. The first rank reads those of all ranks, and the others read those
-of the first rank. A rank that finds a failure (see :mod:`relora_mora.supervise.heartbeat`) publishes it. All ranks read
-it and exit.
+Every rank publishes heartbeats with its last action. The first rank reads those of all ranks and decides which ranks
+are at fault; the others read those of the first rank. A failure is published, and all ranks that read it exit.
+
+The ranks do the same actions in the same order. So among ranks that make no progress, those that have begun the fewest
+actions are named. A rank that sends no heartbeats comes before them: it is gone, and the others wait for it.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from relora_mora.supervise.exits import FAILED, LOST
-from relora_mora.supervise.heartbeat import Heartbeat, PeerFailure, Received, find_hung, find_lost, lost
+from relora_mora.supervise.exits import FAILED, LOST, PeerFailure
 from relora_mora.system.process import run_with_timeout
 
 HEARTBEAT_SECONDS = 1.0
 STORE_SECONDS = 15.0  # for an answer of the store; if it takes longer, its host is gone
 LEAVE_SECONDS = 5.0  # for a main thread to exit by itself after another rank has announced its exit
-SILENT_SECONDS = 4.0  # without a heartbeat: a rank that does nothing else any more is gone
+SILENT_SECONDS = 4.0  # without a heartbeat: a rank for which others wait is gone
 STACKS_SECONDS = 1.0  # for a rank that hangs to write the stacks of its threads
 LINGER_SECONDS = 2.5  # for the others to read why the job ends, before the rank with the store exits
 
 
-class _Action(NamedTuple):
-    """The current action of the main thread."""
+@dataclass(frozen=True)
+class Heartbeat:
+    """The message that a rank sends to the others about once a second."""
 
-    name: str
-    number: int
-    begin: float
-    limit_seconds: float
+    number: int  # of this heartbeat
+    action: str  # the last action that the main thread began
+    actions: int  # how many actions it has begun
+    action_seconds: float  # since it began the last one
+    limit_seconds: float  # allowed for the last one
+    failed: str = ""  # the error of the last one, if it was a collective that has failed
+
+
+def find_failure(
+    heartbeats: Mapping[int, Heartbeat], silent: Mapping[int, float], timeout_seconds: float, silent_seconds: float
+) -> PeerFailure | None:
+    """The ranks at fault, by the last heartbeats of all ranks and the seconds since these came; None if all is well.
+
+    Without a heartbeat, a rank is gone after ``timeout_seconds``, or after ``silent_seconds`` if a collective has
+    failed or a rank exceeds the limit of its action. A rank that has begun more actions than another may exceed its
+    limit, because it waits for the other one.
+    """
+    seconds = {rank: last.action_seconds + silent[rank] for rank, last in heartbeats.items()}
+    least = min(last.actions for last in heartbeats.values())
+    slowest = [rank for rank, last in heartbeats.items() if last.actions == least]
+    late = max(slowest, key=lambda rank: seconds[rank] - heartbeats[rank].limit_seconds)
+    is_late = seconds[late] > heartbeats[late].limit_seconds
+    failed = next((rank for rank, last in heartbeats.items() if last.failed), None)
+    allowed = silent_seconds if is_late or failed is not None else timeout_seconds
+    gone = {rank: heartbeats[rank] for rank in heartbeats if silent[rank] > allowed}
+    if gone:
+        return are_gone(gone, f"no heartbeat for {allowed:.0f} s")
+    if is_late:
+        reason = f"{_named(slowest)} made no progress for {seconds[late]:.0f} s; last action: {heartbeats[late].action}"
+        allows = f"train.peer_timeout_seconds allows {heartbeats[late].limit_seconds:.0f} s"
+        return PeerFailure(slowest, LOST, f"{reason}; {allows}")
+    if failed is not None and seconds[failed] > 2 * silent_seconds:
+        error = heartbeats[failed].failed
+        return PeerFailure([failed], LOST, f"a collective failed on rank {failed} while all ranks were alive ({error})")
+    return None
+
+
+def are_gone(last: Mapping[int, Heartbeat | None], how: str) -> PeerFailure:
+    """The failure of ranks that no longer answer; their last heartbeats, None if none has arrived."""
+    arrived = [heartbeat for heartbeat in last.values() if heartbeat is not None]
+    least = min(arrived, key=lambda heartbeat: heartbeat.actions, default=None)
+    action = f"; last action: {least.action}" if least is not None else ""
+    verb = "is" if len(last) == 1 else "are"
+    return PeerFailure(list(last), LOST, f"{_named(last)} {verb} gone ({how}){action}")
+
+
+def _named(ranks: Collection[int]) -> str:
+    return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks))}"
 
 
 class Watchdog:
@@ -59,9 +106,9 @@ class Watchdog:
         stacks: Path,
     ) -> None:
         self.rank = rank
-        self.world_size = world_size
         self.end = end
         self.stacks = stacks
+        self._watched = range(world_size) if rank == 0 else range(1)
         # its own connection, because a client of the store serves one caller at a time
         store = TCPStore(
             *address, is_master=False, timeout=datetime.timedelta(seconds=STORE_SECONDS), wait_for_workers=False
@@ -72,14 +119,14 @@ class Watchdog:
         self._interval = max(HEARTBEAT_SECONDS, world_size / 256)  # the store gets at most 256 heartbeats per second
         self.timeout_seconds = max(timeout_seconds, 3 * self._interval)
         self.linger_seconds = max(LINGER_SECONDS, 1.5 * self._interval)
-        self._silent_seconds = max(SILENT_SECONDS, 3 * self._interval)
         self._known: PeerFailure | None = None  # the failure that was published
-        self._action = _Action("started", 0, time.monotonic(), timeout_seconds)
-        self._received: dict[int, Received] = {}
-        self._heartbeats = 0
+        self._beats = 0
+        self._action = Heartbeat(0, "started", 0, 0.0, self.timeout_seconds), time.monotonic()  # and when it began
+        self._last: dict[int, Heartbeat] = {}
+        self._arrived: dict[int, float] = {}  # when they came by the clock of this rank
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
-        self.beat()
+        self._beat()
 
     def start(self) -> None:
         """Begins to watch. Call it after the first heartbeat of all ranks."""
@@ -87,32 +134,19 @@ class Watchdog:
 
     # ---- called by the main thread ----------------------------------------------------------------------------
 
-    def begin(self, action: str, within: float | None = None) -> None:
+    def begin(self, action: str, within: float | None = None, failed: str = "") -> None:
         """The main thread begins an action, which may take ``within`` seconds or the timeout, whichever is longer.
 
-        All ranks call this for the same actions in the same order.
+        All ranks call this for the same actions in the same order. ``failed`` is the error of a collective: from then
+        on, the main thread waits for the first rank to find out which rank is gone.
         """
         limit = max(within or 0.0, self.timeout_seconds)
-        self._action = _Action(action, self._action.number + 1, time.monotonic(), limit)
+        before, _ = self._action
+        self._action = Heartbeat(0, action, before.actions + 1, 0.0, limit, failed), time.monotonic()
 
     def announce_exit(self, code: int, reason: str) -> None:
         """Announces to the other ranks that this one exits by itself."""
         self._publish(PeerFailure([self.rank], code, reason, announced=True))
-
-    def diagnose(self, error: str) -> PeerFailure:
-        """Finds the ranks at fault after a collective has failed: those whose heartbeats stop within a few seconds."""
-        ranks = range(self.world_size)
-        try:
-            before = self._read(ranks)
-            time.sleep(self._silent_seconds)
-            after = self._read(ranks)
-        except DistError:
-            return self._store_lost()
-        silent = {rank: last for rank, last in after.items() if last.number == before[rank].number}
-        if silent:
-            return self._publish(lost(silent, f"no heartbeat for {self._silent_seconds:.0f} s"))
-        reason = f"a collective failed on rank {self.rank} while all ranks were alive ({error})"
-        return self._publish(PeerFailure([self.rank], LOST, reason))
 
     def close(self) -> None:
         self._closed.set()
@@ -128,22 +162,22 @@ class Watchdog:
         asked_at = self._asked_at
         if asked_at is None or self._closed.is_set() or now - asked_at <= self.timeout_seconds:
             return None
-        return self._first_lost(f"its store has not answered for {now - asked_at:.0f} s")
+        return are_gone({0: self._last.get(0)}, f"its store has not answered for {now - asked_at:.0f} s")
 
     # ---- the watchdog's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
             # this thread needs the interpreter; if a C call blocks it, this timer in C ends the process
-            faulthandler.dump_traceback_later(
-                1.5 * max(self.timeout_seconds, self._action.limit_seconds) + 10, exit=True
-            )
+            with contextlib.suppress(ValueError, RuntimeError):  # stderr is closed, or no file
+                faulthandler.dump_traceback_later(1.5 * self._action[0].limit_seconds + 10, exit=True)
             self._asked_at = time.monotonic()
             try:
-                self.beat()
-                failure = self._find_failure()
-            except DistError:
-                failure = None if self._closed.is_set() else self._store_lost()
+                self._beat()
+                failure = self._look()
+            except DistError:  # the first rank, which holds the store, is gone, maybe for a reason that it published
+                broken = self._known or are_gone({0: self._last.get(0)}, "the connection to it broke")
+                failure = None if self._closed.is_set() else broken
             except Exception as error:  # otherwise nobody would watch this rank any longer
                 reason = f"rank {self.rank} cannot watch the others ({error!r})"
                 failure = self._publish(PeerFailure([self.rank], FAILED, reason))
@@ -151,53 +185,45 @@ class Watchdog:
             if failure is not None:
                 self._exit_for(failure)
 
-    def _exit_for(self, failure: PeerFailure) -> None:
-        """Ends this process, unless its main thread ends it by itself in time."""
-        if self.rank in failure.ranks and not failure.announced:
-            run_with_timeout(STACKS_SECONDS, self._write_stacks)  # the disk of the run folder may be what hangs
-        grace = time.monotonic() + (LEAVE_SECONDS if failure.announced else 0.0)
-        while time.monotonic() < grace:
-            if self._closed.wait(0.1):
-                return
-        self.end(failure)
-
-    def _write_stacks(self) -> None:
-        with self.stacks.open("w") as stream:
-            faulthandler.dump_traceback(stream, all_threads=True)
-
-    def beat(self) -> None:
-        action = self._action
+    def _beat(self) -> None:
+        action, began = self._action
+        self._beats += 1
+        heartbeat = replace(action, number=self._beats, action_seconds=time.monotonic() - began)
         with self._store_lock:
-            self._heartbeats += 1
-            heartbeat = Heartbeat(
-                number=self._heartbeats,
-                action=action.name,
-                actions=action.number,
-                action_seconds=time.monotonic() - action.begin,
-                limit_seconds=action.limit_seconds,
-            )
             self._store.set(f"heartbeat/{self.rank}", json.dumps(asdict(heartbeat)))
 
-    def _find_failure(self) -> PeerFailure | None:
+    def _look(self) -> PeerFailure | None:
         """The failure that another rank has published, or one that this rank finds now."""
         with self._store_lock:
             if self._store.check(["failure"]):
                 self._known = PeerFailure(**json.loads(self._store.get("failure")))
                 return self._known
+            texts = self._store.multi_get([f"heartbeat/{rank}" for rank in self._watched])
         now = time.monotonic()
-        for rank, heartbeat in self._read(range(self.world_size) if self.rank == 0 else [0]).items():
-            if rank not in self._received or self._received[rank].heartbeat.number != heartbeat.number:
-                self._received[rank] = Received(heartbeat, now)
-        failure = find_lost(self._received, self.timeout_seconds, now)
-        if failure is None and self.rank == 0:
-            failure = find_hung(self._received, self._silent_seconds, now)
+        for rank, text in zip(self._watched, texts, strict=True):
+            heartbeat = Heartbeat(**json.loads(text))
+            if heartbeat != self._last.get(rank):
+                self._last[rank] = heartbeat
+                self._arrived[rank] = now
+        silent = {rank: now - arrived for rank, arrived in self._arrived.items()}
+        failure = None
+        if self.rank == 0:
+            short = max(SILENT_SECONDS, 3 * self._interval)
+            failure = find_failure(self._last, silent, self.timeout_seconds, short)
+        elif silent[0] > self.timeout_seconds:
+            failure = are_gone(self._last, f"no heartbeat for {self.timeout_seconds:.0f} s")
         return None if failure is None else self._publish(failure)
 
-    def _read(self, ranks: Sequence[int]) -> dict[int, Heartbeat]:
-        """The last heartbeats of these ranks."""
-        with self._store_lock:
-            texts = self._store.multi_get([f"heartbeat/{rank}" for rank in ranks])
-        return {rank: Heartbeat(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True)}
+    def _exit_for(self, failure: PeerFailure) -> None:
+        """Ends this process, unless its main thread ends it by itself in time."""
+        if self.rank in failure.ranks and not failure.announced:
+            run_with_timeout(STACKS_SECONDS, self._write_stacks)  # the disk of the run folder may be what hangs
+        if not self._closed.wait(LEAVE_SECONDS if failure.announced else 0.0):
+            self.end(failure)
+
+    def _write_stacks(self) -> None:
+        with self.stacks.open("w") as stream:
+            faulthandler.dump_traceback(stream, all_threads=True)
 
     def _publish(self, failure: PeerFailure) -> PeerFailure:
         """Publishes a failure to all ranks. Returns the first one that was published, which counts for all of them."""
@@ -208,11 +234,3 @@ class Watchdog:
                 return self._known
         except DistError:
             return failure
-
-    def _store_lost(self) -> PeerFailure:
-        """The first rank, which holds the store, is gone. A failure that was published before is the reason."""
-        return self._known or self._first_lost("the connection to it broke")
-
-    def _first_lost(self, how: str) -> PeerFailure:
-        last = self._received.get(0)
-        return lost({0: last.heartbeat if last is not None else None}, how)

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -33,13 +32,7 @@ class Bar:
     """
 
     def __init__(
-        self,
-        title: str,
-        unit: str = "",
-        *,
-        total: float | None = None,
-        after: float | None = None,
-        show: bool = True,
+        self, title: str, unit: str = "", *, total: float | None = None, after: float | None = None, show: bool = True
     ) -> None:
         self._title = title
         self._unit = unit
@@ -81,15 +74,13 @@ class Bar:
             return
         layout = None if self._unit else "{desc}: {elapsed}"
         title = self._title or None
-        with tqdm(desc=title, bar_format=layout, smoothing=0, leave=False, delay=1e-9) as bar:
+        with tqdm(desc=title, unit=f" {self._unit}", bar_format=layout, smoothing=0, leave=False, delay=1e-9) as bar:
             bar.delay = 0  # it only keeps the first picture, which would have no numbers, from being drawn
             while True:
                 bar.ncols, bar.nrows = shutil.get_terminal_size()  # tqdm's own finds 0 columns on some terminals
                 bar.start_t = bar.last_print_t = self._begin
                 bar.initial, bar.n, bar.total = self._first, self._done, self._total
                 bar.unit_scale = max(bar.n, bar.total or 0) >= 100_000  # 1.20M tokens, but 999 steps
-                is_slow = bar.n - bar.initial < time.time() - bar.start_t
-                bar.unit = self._unit if is_slow else f" {self._unit}"  # 2.5s/step, 12.0 step/s
                 bar.set_postfix_str(self._note)
                 if self._ended.wait(_TICK_SECONDS):
                     return
@@ -97,7 +88,5 @@ class Bar:
     def __enter__(self) -> "Bar":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from relora_mora.system.logs import log
-
 # errors of a network file system that may come back; not a user's mistake
 LOST_DISK = {
     errno.EIO,
@@ -49,10 +47,18 @@ def disk_faults_named(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = disk_errno(error, place)
-        if number is None or (isinstance(error, OSError) and place_of(error)):
+        number = _errno_without_file(error)
+        if number not in _WRITE_ERRORS:
             raise
         raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def _errno_without_file(error: Exception) -> int:
+    """The errno of an error that names no file; 0 for any other error."""
+    if isinstance(error, OSError):
+        return 0 if place_of(error) else error.errno or 0
+    match = None if isinstance(error, ValueError) else _RUST_ERROR.search(str(error))
+    return int(match[1]) if match else 0
 
 
 def without_disk_errors(args: threading.ExceptHookArgs) -> None:
@@ -62,18 +68,6 @@ def without_disk_errors(args: threading.ExceptHookArgs) -> None:
     """
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
-
-
-def disk_errno(error: Exception, folder: Path) -> int | None:
-    """The errno of a disk error raised while writing ``folder``; None for any other error."""
-    if isinstance(error, OSError):
-        place = place_of(error)
-        if place is None:
-            return error.errno if error.errno in _WRITE_ERRORS else None
-        return error.errno if Path(place).is_relative_to(folder) else None
-    match = None if isinstance(error, ValueError) else _RUST_ERROR.search(str(error))
-    number = None if match is None else int(match[1])
-    return number if number in _WRITE_ERRORS else None
 
 
 def write_synced(path: Path, content: str | bytes) -> None:
@@ -94,19 +88,6 @@ def write_synced(path: Path, content: str | bytes) -> None:
                 temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
-
-
-def write_if_possible(path: Path, text: str, without: str) -> None:
-    """Like :func:`write_synced`, but if the disk is full or read-only it only logs what is lost (``without``).
-
-    Raises OSError if the disk is gone and may come back (``LOST_DISK``).
-    """
-    try:
-        write_synced(path, text)
-    except OSError as error:
-        if error.errno in LOST_DISK:
-            raise
-        log.error("%s: cannot be written (%s): %s", path, error.strerror, without)
 
 
 def make_folder(path: Path) -> None:
@@ -166,13 +147,6 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def ordinary_mode() -> int:
-    """The permissions that the umask gives a new file."""
-    umask = os.umask(0)  # it can only be read by setting it
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
 def from_home(path: str) -> str:
     """The path with a leading ``~`` or ``~user`` replaced by the home folder; unchanged for an unknown user.
 
@@ -191,46 +165,31 @@ def new_folder(out: Path) -> Iterator[Path]:
     A signal that ends the process leaves it behind, with a name that begins with a dot.
 
     It is created immediately, so that no hours of work go into a place that cannot be written. Raises FileExistsError
-    if ``out`` exists and is not empty, and OSError that names ``out`` for a disk error.
+    if ``out`` exists and is not empty, and OSError for a disk error.
     """
     target = Path(os.path.realpath(out))
-    with _temporary_parent(out, target) as parent:
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not empty; give a new folder, or remove it")
+    if target.is_mount():
+        raise FileExistsError(f"{out}: is a mount point, which cannot be replaced; give a new folder inside it")
+    make_folder(target.parent)
+    # on the same file system, so that the folder inside it can be renamed
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as parent:
         _unfinished.add(parent)
         try:
             work = Path(parent, "new")
             work.mkdir()  # only the owner can read the parent; this folder follows the umask
-            yield work
-            mode = ordinary_mode()
-            for path in work.rglob("*"):
-                if path.is_file():
-                    path.chmod(mode)  # safetensors writes files that only their owner can read
-                sync(path)  # some file systems notice only now that they are full
-            work.rename(target)
-        except Exception as error:
-            number = disk_errno(error, Path(parent))
-            if number is None:
-                raise
-            raise OSError(number, os.strerror(number), str(out)) from error
+            with disk_faults_named(out):
+                yield work
+                mode = work.stat().st_mode & 0o666
+                for path in work.rglob("*"):
+                    if path.is_file():
+                        path.chmod(mode)  # safetensors writes files that only their owner can read
+                    sync(path)  # some file systems notice only now that they are full
+                work.rename(target)
         finally:
             _unfinished.discard(parent)
     sync(target.parent)
-
-
-def _temporary_parent(out: Path, target: Path) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder on the file system of ``target``, so that a folder inside it can be renamed to ``target``."""
-    try:
-        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise FileExistsError(f"{out}: exists and is not empty; give a new folder, or remove it")
-        if target.is_mount():
-            raise FileExistsError(f"{out}: is a mount point, which cannot be replaced; give a new folder inside it")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
-    except OSError as error:
-        if error.errno is None:  # raised above
-            raise
-        # mkdir reports EEXIST if a parent is a file
-        number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
-        raise OSError(number, os.strerror(number), str(out)) from error
 
 
 def remove_unfinished() -> None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from relora_mora.system.devices import CPU, Device, device_of_name
@@ -60,15 +61,15 @@ def peak_flops(*, bf16: bool, on_cpu: bool = False) -> tuple[float, str]:
             return device.tflops * 1e12, device.source
     place, dtype = "cuda" if on_cuda else "cpu", torch.bfloat16 if bf16 else torch.float32
     _seconds_of_product(torch.randn(8, 8, device=place, dtype=dtype))  # starts threads and libraries
-    best, spent = (0.0, 0), 0.0
+    rates: dict[float, int] = {}  # sizes by FLOP/s
+    spent = 0.0
     for size, _ in itertools.product((8192,) if on_cuda else _PRODUCTS, range(_PROBES)):
-        seconds = _seconds_of_product(torch.randn(size, size, device=place, dtype=dtype))
-        best = max(best, (2 * size**3 / seconds, size))
-        spent += seconds
-        if spent > _LONGEST_SECONDS:
-            break
-    rate, size = best
-    return rate, f"measured on a {size} x {size} product"
+        if spent < _LONGEST_SECONDS:
+            seconds = _seconds_of_product(torch.randn(size, size, device=place, dtype=dtype))
+            rates[2 * size**3 / seconds] = size
+            spent += seconds
+    rate = max(rates)
+    return rate, f"measured on a {rates[rate]} x {rates[rate]} product"
 
 
 def _seconds_of_product(a: torch.Tensor) -> float:
@@ -80,14 +81,8 @@ def _seconds_of_product(a: torch.Tensor) -> float:
 
 
 def device_name() -> str:
-    """The name of the GPU in use, or else of the CPU; on systems other than Linux, only the CPU's architecture."""
-    if uses_cuda():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    """The name of the GPU in use, or else the architecture of the CPU."""
+    return torch.cuda.get_device_name() if uses_cuda() else platform.machine()
 
 
 def gpu_memory_bytes() -> int:
@@ -96,21 +91,18 @@ def gpu_memory_bytes() -> int:
 
 
 def host_memory_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
-    """The machine's memory, or the limit from this process's control groups (a container, a Slurm job) if it is lower.
+    """The machine's memory, or the limit of this process's control group (a container, a Slurm job) if it is lower.
 
-    ``groups`` and ``mount`` are the paths that Linux uses (cgroups(7)). A limit applies to a group and all below it.
+    ``groups`` and ``mount`` are the paths that Linux uses for version 2 (cgroups(7)). A limit applies to a group and
+    all below it.
     """
-    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    bounds = [psutil.virtual_memory().total]
     with contextlib.suppress(OSError):
         for line in groups.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            root, limit = (mount / "memory", "memory.limit_in_bytes") if controllers else (mount, "memory.max")
-            group = root / path.lstrip("/")
+            group = mount / line.removeprefix("0::/")
             for folder in (group, *group.parents):
                 with contextlib.suppress(OSError, ValueError):  # ValueError: "max" means no limit
-                    bounds.append(int((folder / limit).read_text(encoding="ascii")))
+                    bounds.append(int((folder / "memory.max").read_text(encoding="ascii")))
     return min(bounds)
 
 

@@ -42,9 +42,8 @@ class WakeupPipe:
     """Calls ``on_signal(number)`` in a thread of its own as soon as a signal arrives that has a handler in Python.
 
     Python runs signal handlers between two bytecodes of the main thread, which may be in a library for minutes. But the
-    interpreter's C handler writes the number of the signal to the wakeup pipe immediately, and the thread reads it.
-    Waiting for blocked signals (sigwait) would need no pipe, but every child process would inherit the blocked signals.
-    A process has one such pipe: a new one takes the place of the one before. Main thread only.
+    interpreter's C handler writes the number of the signal to the wakeup pipe immediately, and the thread reads it. A
+    process has one such pipe: a new one takes the place of the one before. Main thread only.
     """
 
     def __init__(self, on_signal: Callable[[int], None], name: str) -> None:
@@ -92,41 +91,29 @@ if __name__ == "__main__":
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])  # noqa: S606
 
 
-_SPINS = "3000"  # tens of microseconds; GNU's default is a hundred times as many
-
-
 def own_command() -> str:
     """How a shell starts ``relora-mora`` of this environment."""
-    script = Path(sys.executable).with_name("relora-mora")
-    if not script.exists():
-        return f"{sys.executable} -m relora_mora"
     found = shutil.which("relora-mora")
-    if found is not None and script.samefile(found):
-        return "relora-mora"
-    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
-
-
-def sleep_soon() -> None:
-    """Makes OpenMP's threads sleep soon while they wait for each other, unless the environment sets OMP_WAIT_POLICY.
-
-    By default they spin. If another program uses one of the cores, spinning takes time from the thread that the others
-    wait for (docs/performance.md). OpenMP reads this variable when torch is imported.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    is_own = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "relora-mora" if is_own else f"{sys.executable} -m relora_mora"
 
 
 @contextlib.contextmanager
 def many_imports() -> Iterator[None]:
-    """Turns off garbage collection during slow imports, and calls :func:`sleep_soon` before torch is imported.
+    """Turns off garbage collection during slow imports, and makes OpenMP's idle threads sleep soon.
 
     Imported modules stay, but Python scans them again and again, which is a fifth of the time that importing torch,
     transformers and DeepSpeed takes; they are left out of later scans, too. On a terminal a line shows immediately that
     the command has begun.
+
+    By default, OpenMP's threads spin while they wait for each other. If another program uses one of the cores, that
+    takes time from the thread that the others wait for (docs/performance.md). OMP_WAIT_POLICY in the environment wins.
     """
     from relora_mora.system.bars import Bar  # this file is also a script, which runs without the package
 
-    sleep_soon()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # read when torch is imported; tens of microseconds, and GNU's default is a hundred times as many
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -138,25 +125,22 @@ def many_imports() -> Iterator[None]:
             gc.enable()
 
 
-_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 # parameters of mallopt in glibc's malloc.h
 _TRIM_THRESHOLD = -1
 _MMAP_MAX = -4
 
 
-def keep_freed_memory() -> bool:
-    """Makes glibc's malloc return no memory to the system; returns whether that worked.
+def keep_freed_memory() -> None:
+    """Makes glibc's malloc return no memory to the system.
 
     By default malloc takes a large block from mmap and returns it with munmap, so each new tensor costs a page fault
     every 4 KiB: a seventh of a training step's processor time (docs/performance.md). The price is that the process
-    keeps its peak memory. Does nothing with another C library, or if the environment configures malloc.
+    keeps its peak memory. Does nothing with another C library.
     """
-    if any(name in os.environ for name in _SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return False
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.gnu_get_libc_version and libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, -1))
-    return False
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, -1)
 
 
 def give_back_freed_memory() -> None:

@@ -41,9 +41,7 @@ class RunFolder:
     model_config = RunFile("model.json")  # the model's config in transformers' format
     generation_config = RunFile("generation_config.json")  # of the base, if it has one
     tokenizer = RunFile("tokenizer")  # a folder that AutoTokenizer can load
-    tokens = RunFile(
-        "tokens"
-    )  # a folder with the tokens of rows that are packed whole (data.tokens.make.tokens_of_whole_rows)
+    tokens = RunFile("tokens")  # a folder with the tokens of rows that are packed whole
     starts = RunFile("starts.jsonl")  # JSON lines, one per start: command, versions, commit
     metrics = RunFile("metrics.jsonl")  # JSON lines, each with `step` and tagged values
     tensorboard = RunFile("tensorboard")  # a folder with the metrics in TensorBoard's format

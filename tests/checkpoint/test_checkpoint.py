@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relora_mora.checkpoint.layout import CheckpointError, abandon, discard, list_checkpoints
-from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest, newest_whole, verify
+from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, first_whole, newest_manifest, verify
 from relora_mora.checkpoint.writer import tidy
 from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
@@ -26,63 +26,31 @@ from tests.tools.each import each
 from tests.tools.runs import checkpoint_at
 
 
-def _flip(path: Path, bit: int) -> None:
+def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def _replace(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-# what is done to a file, and the message about it, for manifest.json and for other files
-WAYS = {
-    "missing": (lambda path: path.unlink(), "No such file", "No such file"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not JSON", "bytes, expected"),
-    "one bit": (
-        lambda path: _flip(path, 4 * path.stat().st_size),
-        "its checksum does not|not JSON",
-        "its checksum is not the one",
-    ),
-    "emptied": (lambda path: path.write_bytes(b""), "not JSON", "0 bytes, expected"),
-    "a directory": (_replace, "not a regular file", "not a regular file"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file", "not a regular file"),
-}
+WAYS: list[Callable[[Path], Any]] = [
+    lambda path: path.unlink(),
+    lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    _flip,
+    lambda path: path.write_bytes(b""),
+    lambda path: (path.unlink(), path.mkdir()),
+    lambda path: (path.unlink(), os.mkfifo(path)),
+]
 
 
 @each("way", WAYS)
 @each("file", [STATE, FILES[2], TOKENIZER[1], "manifest.json"])
-def test_a_damaged_checkpoint_is_skipped_for_an_older_one(made, tmp_path, file, way):
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one_and_named(made, tmp_path, caplog, file, way):
     folder = shutil.copytree(made, tmp_path / "checkpoints")
-    damage, of_manifest, of_others = WAYS[way]
-    damage(folder / "step-00000015" / file)
-    line = passed_over(folder)
-    assert file in line
-    assert any(text in line for text in (of_manifest if file == "manifest.json" else of_others).split("|")), line
-
-
-def test_a_warning_names_the_skipped_checkpoints(folder, caplog):
-    (folder / "step-00000015" / STATE).unlink()
+    way(folder / "step-00000015" / file)
     assert find_checkpoint(folder) == folder / "step-00000010"
     [line] = caplog.messages
-    assert line.startswith(f"{folder}: passed over step-00000015: {STATE}")
-
-
-def test_checkpoints_that_a_run_replaces_during_the_search_are_not_damaged(folder, monkeypatch):
-    looks = []
-
-    def newest(place: Path) -> tuple[Path | None, list[str]]:
-        looks.append(place)
-        if len(looks) == 1:
-            shutil.rmtree(folder / "step-00000015")
-            return None, ["step-00000015: manifest.json: No such file or directory"]
-        return newest_whole(place)
-
-    monkeypatch.setattr("relora_mora.checkpoint.reader.newest_whole", newest)
-    assert find_checkpoint(folder) == folder / "step-00000010"
-    assert len(looks) == 2
+    assert line.startswith(f"passed over {folder}/step-00000015")
+    assert file in line
 
 
 @each("name", ["manifest.json", STATE])
@@ -98,9 +66,8 @@ def test_a_network_file_system_that_is_gone_is_not_damage(made, tmp_path, monkey
 
     before = sorted(folder.iterdir())
     monkeypatch.setattr(Path, "open", stale)
-    for look in (newest_whole, find_checkpoint):
-        with pytest.raises(OSError, match="Stale"):
-            look(folder)
+    with pytest.raises(OSError, match="Stale"):
+        find_checkpoint(folder)
     assert sorted(folder.iterdir()) == before
 
 
@@ -148,16 +115,14 @@ def test_a_link_is_not_a_file_of_a_checkpoint(made, tmp_path, link, place):
     elsewhere = newest / place / "elsewhere"
     file.rename(elsewhere)
     file.symlink_to(elsewhere.resolve())
-    line = passed_over(folder)
-    assert link in line
-    assert "a link" in line or "not a regular file" in line
+    assert passed_over(folder).startswith(link)
 
 
 def test_a_checkpoint_folder_may_be_a_link(folder):
     (folder / "another disk").mkdir()
     (folder / "step-00000015").rename(folder / "another disk" / "step-00000015")
     (folder / "step-00000015").symlink_to(folder / "another disk" / "step-00000015")
-    assert newest_whole(folder) == (folder / "step-00000015", [])
+    assert first_whole(list_checkpoints(folder)) == (folder / "step-00000015", [])
 
 
 def _pieces(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -188,12 +153,12 @@ CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
     (_pieces(lambda t: t.pop("exp_avg|b|0")), "2 elements of exp_avg of b once"),
     (_pieces(lambda t: t.update({"exp_avg_sq|b|0": torch.zeros(1)})), "2 elements of exp_avg_sq of b once"),
     (_pieces(lambda t: t.update({"master|b|2": torch.zeros(3)})), "2 elements of master of b once"),
-    (_pieces(lambda t: t.update({"master|b|0": torch.zeros(2).bfloat16()})), "(BF16) is not a float32 piece"),
-    (_pieces(lambda t: t.update({"master|c|0": torch.zeros(2)})), "master|c|0 (F32) is not a float32 piece"),
-    (_pieces(lambda t: t.update({"master|b|-1": torch.zeros(2)})), "is not a float32 piece"),
-    (_pieces(lambda t: t.update({"b": torch.zeros(2)})), "is not a float32 piece"),
-    (_coded(torch.zeros(4, 3)), "exp_avg_codes|a|0 (F32) is not an int8 piece"),
-    (_coded(torch.zeros(4, 3, dtype=torch.uint8)), "exp_avg_codes|a|0 (U8) is not an int8 piece"),
+    (_pieces(lambda t: t.update({"master|b|0": torch.zeros(2).bfloat16()})), "(BF16) is not an F32 piece"),
+    (_pieces(lambda t: t.update({"master|c|0": torch.zeros(2)})), "master|c|0 (F32) is not an F32 piece"),
+    (_pieces(lambda t: t.update({"master|b|-1": torch.zeros(2)})), "is not an F32 piece"),
+    (_pieces(lambda t: t.update({"b": torch.zeros(2)})), "is not an F32 piece"),
+    (_coded(torch.zeros(4, 3)), "exp_avg_codes|a|0 (F32) is not an I8 piece"),
+    (_coded(torch.zeros(4, 3, dtype=torch.uint8)), "exp_avg_codes|a|0 (U8) is not an I8 piece"),
     (_coded(torch.zeros(4, 2, dtype=torch.int8)), "12 elements of exp_avg_codes of a once"),
     (lambda path: (torch.save({"a": 1}, path / STATE), rewrite(path, lambda values: None)), "cannot be read"),
 ]
@@ -203,9 +168,7 @@ CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
 def test_pieces_make_up_every_parameter_once(made, tmp_path, damage, says):
     folder = shutil.copytree(made, tmp_path / "checkpoints")
     damage(folder / "step-00000015")
-    line = passed_over(folder)
-    assert STATE in line
-    assert says in line
+    assert says in passed_over(folder)
     with pytest.raises(CheckpointError, match="use an older checkpoint"):
         CheckpointReader(folder / "step-00000015")
 
@@ -250,7 +213,7 @@ def test_removal_does_not_follow_links(folder):
     (folder / "latest.1a2b3c4d.tmp").write_text("of a kill")
     discard(folder / "step-00000005")
     tidy(folder)
-    assert verify(folder / "elsewhere" / "step-00000005") is None
+    verify(folder / "elsewhere" / "step-00000005")
     assert {path.name for path in folder.iterdir()} == {"elsewhere", "step-00000010", "step-00000015"}
 
 
@@ -262,4 +225,4 @@ def test_an_abandoned_checkpoint_keeps_its_content_under_a_new_name(folder):
         abandon(checkpoint)
         assert (folder / f"abandoned-{number}step-00000015" / "mark").read_text() == number
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000010", "step-00000005"]
-    assert verify(folder / "abandoned-step-00000015") is None
+    verify(folder / "abandoned-step-00000015")

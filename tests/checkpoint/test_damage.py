@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from relora_mora.checkpoint.layout import Manifest, list_checkpoints, read_manifest
-from relora_mora.checkpoint.reader import verify
 from relora_mora.system.logs import shared_log
 from tests.tools.runs import (
     checkpoint_at,
@@ -52,25 +50,13 @@ def _other_number(content: bytes) -> bytes:
     return changed
 
 
-# step: what is done to it, the file that the message names, what the message says
-DAMAGES: dict[int, tuple[Callable[[Path], Any], str, str]] = {
-    9: (lambda folder: (folder / "manifest.json").unlink(), "manifest.json", "No such file"),
-    8: (lambda folder: _rewrite(folder / "manifest.json", _other_number), "manifest.json", "checksum"),
-    7: (
-        lambda folder: _rewrite(folder / "state-00001-of-00002.safetensors", _flip),
-        "state-00001-of-00002.safetensors",
-        "checksum",
-    ),
-    6: (
-        lambda folder: _rewrite(folder / "base-00000-of-00002.safetensors", lambda content: content[:-1]),
-        "base-00000",
-        "bytes, expected",
-    ),
-    5: (
-        lambda folder: (folder / "state-00000-of-00002.safetensors").unlink(),
-        "state-00000-of-00002.safetensors",
-        "No such file",
-    ),
+# step: the file that is damaged, and what is done to it
+DAMAGES: dict[int, tuple[str, Callable[[Path], Any]]] = {
+    9: ("manifest.json", Path.unlink),
+    8: ("manifest.json", lambda path: _rewrite(path, _other_number)),
+    7: ("state-00001-of-00002.safetensors", lambda path: _rewrite(path, _flip)),
+    6: ("base-00000-of-00002.safetensors", lambda path: _rewrite(path, lambda content: content[:-1])),
+    5: ("state-00000-of-00002.safetensors", Path.unlink),
 }
 
 
@@ -82,15 +68,15 @@ def test_damaged_checkpoints_are_skipped_named_and_written_again(pools, tokenize
     copy_cut_at(never, folder, 9)
     config = run_config(inputs, tokenizer_path, folder, 2)
     checkpoints = folder / "checkpoints"
-    for step, (damage, _, _) in DAMAGES.items():
-        damage(checkpoints / f"step-{step:08d}")
+    for step, (file, damage) in DAMAGES.items():
+        damage(checkpoints / f"step-{step:08d}" / file)
     (checkpoints / "latest").write_text("step-00000099\n")
     (checkpoints / "step-00000010.1.tmp").mkdir()  # as after a kill in the middle of a save
     first, _ = pools(2)(logged, config)
     passed_over = [line for line in first if line.startswith("passed over")]
     assert len(passed_over) == len(DAMAGES)
-    for line, (step, (_, file, says)) in zip(passed_over, DAMAGES.items(), strict=True):
-        assert line.startswith(f"passed over step-{step:08d}: ") and file in line and says in line, line
+    for line, (step, (file, _)) in zip(passed_over, DAMAGES.items(), strict=True):
+        assert f"checkpoints/step-{step:08d}" in line and file in line, line
     assert logged_steps(folder) == list(range(1, 11))
     assert '"step": 4,' in (folder / "starts.jsonl").read_text().splitlines()[-1]
     kept = [f"abandoned-step-{step:08d}" for step in range(5, 10)]  # kept so that a user can look into the damage
@@ -112,32 +98,3 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenize
     (checkpoint_at(folder, 1) / "state-00001-of-00002.safetensors").unlink()
     messages = pools(2)(refusal_of, config)
     assert all("all checkpoints in it are damaged" in message for message in messages)
-
-
-@pytest.mark.more
-def test_changes_of_the_tokenizer_of_a_run_do_not_reach_its_checkpoints(pools, tokenizer_path, tmp_path):
-    inputs = write_inputs(tmp_path)
-    folder = tmp_path / "run"
-    config = run_config(inputs, tokenizer_path, folder, 2)
-    tokenizer = folder / "tokenizer"
-    checkpoints = folder / "checkpoints"
-    pools(2)(train, config, stop_after=1)
-    names = sorted(path.name for path in tokenizer.iterdir())
-    for path in tokenizer.iterdir():
-        with path.open("ab") as stream:  # in place, so hard links would change too
-            stream.write(b" ")
-    assert verify(_newest(folder)[0]) is None
-    pools(2)(train, config, stop_after=2)  # the run's tokenizer is restored
-    for name in ("evil.py", "model.safetensors", "a\nb.json"):
-        (tokenizer / name).write_bytes(b"content")
-    (tokenizer / "link.json").symlink_to(inputs / "model.json")
-    pools(2)(train, config, stop_after=3)
-    assert all(problem is None for problem in (verify(path) for path in list_checkpoints(checkpoints)))
-    folder, manifest = _newest(folder)
-    assert manifest.step == 3
-    assert sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
-
-
-def _newest(run_dir: Path) -> tuple[Path, Manifest]:
-    folder = list_checkpoints(run_dir / "checkpoints")[0]
-    return folder, read_manifest(folder)

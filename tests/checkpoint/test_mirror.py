@@ -38,7 +38,7 @@ def names(folder: str) -> list[str]:
 @pytest.mark.parametrize("url", [URL, "PATH", "file://PATH"])
 def test_a_run_goes_on_from_the_store_alone(tmp_path: Path, url: str) -> None:
     url = url.replace("PATH", str(tmp_path / "a store"))
-    sent(tmp_path / "run", checkpoint(tmp_path / "run", 5), checkpoint(tmp_path / "run", 10), url=url)
+    sent(tmp_path / "run", 5, 10, url=url)
     shutil.rmtree(tmp_path / "run")
     again = opened(tmp_path / "run", url=url)
     again.claim()
@@ -51,22 +51,16 @@ def test_a_run_goes_on_from_the_store_alone(tmp_path: Path, url: str) -> None:
 
 def test_the_store_keeps_what_the_disk_keeps_and_each_file_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sent(run, checkpoint(run, 5))
+    sent(run, 5)
     state = file_entry(run / "checkpoints/step-00000005/state").xxh3_128
     assert state in names("files")
     assert len(names("files")) == 3
     shutil.rmtree(run / "checkpoints/step-00000005")
-    sent(run, checkpoint(run, 10))
+    sent(run, 10)
     assert names("manifests") == ["step-00000010.json"]
     assert state not in names("files")
     assert len(names("files")) == 3  # base and tokenizer are those of step 5
     assert not list((run / "checkpoints").glob("*.tmp"))
-
-
-def test_a_checkpoint_that_was_not_sent_is_sent_by_the_next_start(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "run", 5)
-    sent(tmp_path / "run")
-    assert names("manifests") == ["step-00000005.json"]
 
 
 def test_faults_are_reported_and_repeated_and_nothing_incomplete_counts(
@@ -94,8 +88,8 @@ def test_faults_are_reported_and_repeated_and_nothing_incomplete_counts(
             return whole(self, *given, **named)
 
         monkeypatch.setattr(MemoryFileSystem, name, failing)
+    checkpoint(run, 5)
     trainer.start()
-    trainer.offer(checkpoint(run, 5))
     wait_for(lambda: names("manifests"))
     monkeypatch.undo()
     trainer.close()
@@ -121,22 +115,21 @@ def test_only_the_newest_checkpoint_waits_for_a_slow_store(tmp_path: Path, monke
         return whole(self, *given, **named)
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", slow)
+    checkpoint(run, 5)
     trainer.start()
-    for step in (5, 10, 15, 20):
-        trainer.offer(checkpoint(run, step))
-        wait_for(lambda: begun)
-        assert len(list((run / "checkpoints").glob("*.tmp"))) <= 2  # one is sent, one waits
-    shutil.rmtree(run / "checkpoints/step-00000005")
+    wait_for(lambda: begun)
+    for step in (10, 15, 20):
+        checkpoint(run, step)
+    shutil.rmtree(run / "checkpoints/step-00000005")  # while it is sent
     free = True
+    wait_for(lambda: names("manifests") == ["step-00000020.json"])
     trainer.close()
-    assert names("manifests")[-1] == "step-00000020.json"
-    assert "step-00000010.json" not in names("manifests")
 
 
 def test_damage_in_the_store_is_passed_over(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sent(run, checkpoint(run, 5))
-    sent(run, checkpoint(run, 10))
+    sent(run, 5)
+    sent(run, 10)
     broken = file_entry(run / "checkpoints/step-00000010/state").xxh3_128
     STORE.pipe_file(f"/bucket/run/files/{broken}", b"xx")
     shutil.rmtree(run)
@@ -153,7 +146,7 @@ def test_a_store_that_fails_while_a_checkpoint_is_fetched_costs_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    sent(run, checkpoint(run, 5), checkpoint(run, 10))
+    sent(run, 5, 10)
     shutil.rmtree(run)
     again = opened(run)
     again.claim()
@@ -192,8 +185,8 @@ def test_a_trainer_that_lost_the_mirror_sends_nothing_more(tmp_path: Path) -> No
     first = opened(tmp_path / "a", said)
     first.claim()
     STORE.pipe_file("/bucket/run/owner.json", json.dumps({"token": "another", "host": "h"}).encode())
+    checkpoint(tmp_path / "a", 5)
     first.start()
-    first.offer(checkpoint(tmp_path / "a", 5))
     first.close()
     assert names("manifests") == []
     assert "another trainer has taken it" in said[0]
@@ -201,7 +194,7 @@ def test_a_trainer_that_lost_the_mirror_sends_nothing_more(tmp_path: Path) -> No
 
 
 def test_a_run_folder_behind_the_mirror_is_refused(tmp_path: Path) -> None:
-    sent(tmp_path / "a", checkpoint(tmp_path / "a", 10))
+    sent(tmp_path / "a", 10)
     checkpoint(tmp_path / "b", 5)
     behind = opened(tmp_path / "b")
     behind.claim()

@@ -10,7 +10,7 @@ import pytest
 
 from relora_mora.checkpoint.mirror import Mirror, MirrorError
 from relora_mora.system.run_folder import RunFolder
-from tests.tools.mirrors import checkpoint, sent
+from tests.tools.mirrors import sent
 
 moto = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")
@@ -35,8 +35,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 def test_a_run_goes_on_from_s3_alone(server: object, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sent(run, checkpoint(run, 5), url="s3://bucket/some run")
-    sent(run, checkpoint(run, 10), url="s3://bucket/some run")
+    for step in (5, 10):
+        sent(run, step, url="s3://bucket/some run")
     shutil.rmtree(run)
     again = Mirror("s3://bucket/some run", RunFolder(run))
     again.claim()

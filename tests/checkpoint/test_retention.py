@@ -31,18 +31,13 @@ def test_retention_keeps_the_right_checkpoints(
         state = checkpoints[step_of(folder)]
         if state == UNREADABLE:
             raise CheckpointError("damaged")
-        return SimpleNamespace(step=step_of(folder), is_good=state == GOOD)
+        return SimpleNamespace(step=step_of(folder), counters={"bad_steps": int(state == BAD)})
 
     monkeypatch.setattr(writer.layout, "read_manifest", read_manifest)
     newest = max(checkpoints)
-    for step in checkpoints:
-        folder = tmp_path / step_folder(step)
-        folder.mkdir()
-        (folder / "manifest.json").touch()
-    (tmp_path / "best").write_text(step_folder(best))
-    of_others = [step_folder(newest + 10), step_folder(5), "abandoned-step-00000001"]  # step 5 is not complete
-    for name in of_others:
+    of_others = [step_folder(newest + 10), "abandoned-step-00000001"]
+    for name in [*of_others, *map(step_folder, checkpoints)]:
         (tmp_path / name).mkdir()
-    (tmp_path / of_others[0] / "manifest.json").touch()
+    (tmp_path / "best").write_text(step_folder(best))
     writer.retire(tmp_path, newest, keep_last=keep_last, keep_every_steps=keep_every_steps)
     assert {path.name for path in tmp_path.iterdir()} == {"best", *of_others, *(step_folder(step) for step in kept)}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from relora_mora.checkpoint.layout import file_entry
-from relora_mora.checkpoint.reader import newest_whole
+from relora_mora.checkpoint.layout import file_entry, list_checkpoints
+from relora_mora.checkpoint.reader import first_whole
 from relora_mora.system.files import write_synced
 from tests.tools.checkpoints import made_manifest, rewrite_manifest
 
@@ -68,12 +68,11 @@ def made_checkpoint(folder: Path, step: int) -> Path:
 
 
 def passed_over(folder: Path) -> str:
-    """The reason why the newest of three checkpoints was passed over for the second."""
-    found, skipped = newest_whole(folder)
+    """The reason why the newest of three checkpoints was passed over for the second, without its path."""
+    found, [problem] = first_whole(list_checkpoints(folder))
     assert found == folder / "step-00000010"
-    assert len(skipped) == 1
-    assert skipped[0].startswith("step-00000015: ")
-    return skipped[0].removeprefix("step-00000015: ")
+    assert problem.startswith(f"{folder}/step-00000015")
+    return problem.removeprefix(f"{folder}/step-00000015").lstrip("/: ")
 
 
 def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:

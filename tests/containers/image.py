@@ -84,20 +84,21 @@ class Buildah:
         Its release and its Python are this machine's, so that wheels which pip finds here fit: Debian's Python if
         that runs here, otherwise a copy of the running Python in a separate folder, as conda has it.
         """
-        tree, packages, debians = self.folder / "tree", "python3,ca-certificates", sys.base_prefix == "/usr"
+        tree = self.folder / "tree"
         suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
-        packages += ",python3-pip,python3-venv" if debians else ""
-        options = ["--variant=minbase", f"--include={packages}"]
-        subprocess.run(["debootstrap", *options, suite, str(tree), MIRROR], check=True)
-        if not debians:
+        packages = "--include=python3,python3-pip,python3-venv,ca-certificates"
+        subprocess.run(["debootstrap", "--variant=minbase", packages, suite, str(tree), MIRROR], check=True)
+        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        is_copied = sys.base_prefix != "/usr"
+        if is_copied:
             unneeded = shutil.ignore_patterns("site-packages", "test", "__pycache__")
             shutil.copytree(sys.base_prefix, tree / "opt" / "python", symlinks=True, ignore=unneeded)
             (tree / "etc" / "ld.so.conf.d" / "python.conf").write_text("/opt/python/lib\n")
+            path = f"/opt/python/bin:{path}"
         container = self("from", "scratch").stdout.split()[-1]
         self("add", container, tree, "/")
-        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        self("config", f"--env=PATH={'' if debians else '/opt/python/bin:'}{path}", container)
-        if not debians:
+        self("config", f"--env=PATH={path}", container)
+        if is_copied:
             self("run", container, "--", "sh", "-c", "ldconfig && python3 -m ensurepip")
         self("commit", "--rm", container, BASE)
         shutil.rmtree(tree)

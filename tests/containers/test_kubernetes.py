@@ -121,14 +121,10 @@ def test_pods_run_as_the_user_of_the_image_without_privileges(pod: dict[str, Any
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
+    assert pod is POD or "--host=localhost" in container["args"]  # TensorBoard listens only inside its pod
+    assert "ports" not in TENSORBOARD["containers"][0]
     assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/app/runs", "/tmp"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-
-
-def test_tensorboard_listens_only_inside_its_pod() -> None:
-    (container,) = TENSORBOARD["containers"]
-    assert "--host=localhost" in container["args"]
-    assert "ports" not in container
 
 
 def pod(
@@ -211,17 +207,6 @@ def test_sigterm_to_a_pod_reaches_all_its_ranks(fake: Path) -> None:
     process.communicate(timeout=20)
     assert sorted(saving) == [f"rank {n} saves\n" for n in range(3)]
     assert process.returncode == 75
-
-
-def test_sigterm_while_ranks_are_started_also_ends_later_ranks(fake: Path) -> None:
-    process = pod(0, python=fake, RANKS_PER_POD="300", CODES=" ".join(["0"] * 300), WAITS="600")
-    assert process.stdout is not None
-    process.stdout.readline()  # of some 300
-    process.terminate()
-    output = process.communicate(timeout=30)[0]
-    assert process.returncode in (75, 143)
-    assert action_after(process.returncode) == "Ignore"
-    assert output.count(" of 300,") < 299, "it came too late to show anything"
 
 
 def test_sigterm_before_the_first_rank_is_not_reported_as_success(fake: Path, tmp_path: Path) -> None:

@@ -68,13 +68,13 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
     assert lane.state()["skipped"] == dict.fromkeys(entries, 1)
     bad = [kind for kind in entries if kind in BAD_REASONS]
     assert set(entries) - set(bad) <= {"null_text", "empty_text", "blank_line"}
-    for n, (kind, note) in enumerate(zip(bad, lane.rows.notes, strict=False)):
+    for n, (kind, note) in enumerate(zip(bad, lane.notes, strict=False)):
         said = BAD_REASONS[kind].format(column="text")
         if kind == "too_long":
             said = "has a length of 2,012, more than data.max_line_bytes (1,000)"
         assert note.startswith(f"a{suffix}: {UNITS[suffix]} {2 * n + 2} {said}")
         assert note.endswith("; skipped")
-    assert len(lane.rows.notes) >= len(bad)
+    assert len(lane.notes) >= len(bad)
 
 
 def test_shards_without_text_between_good_ones(tmp_path):
@@ -89,8 +89,8 @@ def test_shards_without_text_between_good_ones(tmp_path):
     while lane.state()["epoch"] < 2:  # skipped shards at the end of an epoch are counted with the next document
         lane.next_block()
     assert set(lane.state()["skipped"]) == {"empty_shard", "not_json", "blank_line"}
-    assert "empty.json is empty; skipped" in lane.rows.notes
-    assert any(note.startswith("page.json.gz: line 2 is not JSON (Expecting value:") for note in lane.rows.notes)
+    assert "empty.json is empty; skipped" in lane.notes
+    assert any(note.startswith("page.json.gz: line 2 is not JSON (Expecting value:") for note in lane.notes)
     with pytest.raises(SourceError, match=r"page\.json\.gz: 11 of \d+ lines are bad"):
         epoch_tokens(_lane(paths, max_bad_fraction=0.01))
 

@@ -86,7 +86,7 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix,
     while lane.state()["epoch"] < 2:
         lane.next_block()
     assert set(lane.state()["skipped"]) == {"null_text", "empty_text", "invalid_utf8", "too_long"}
-    assert lane.rows.notes[:2] == [
+    assert lane.notes[:2] == [
         "a.parquet: row 4 is not text in UTF-8; skipped",
         "a.parquet: row 5 has a length of 2,000, more than data.max_line_bytes (1,000); skipped",
     ]

@@ -83,7 +83,7 @@ def test_asking_for_a_missing_gpu_gives_one_message(gpus: Any, monkeypatch: pyte
     gpus(0)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match="DS_ACCELERATOR=cuda in the environment: torch sees no GPU here"):
+    with pytest.raises(ValueError, match="DS_ACCELERATOR=cuda in the environment, but torch sees no GPU"):
         bind_device()
 
 

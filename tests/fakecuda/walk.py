@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
-from relora_mora.checkpoint.rank_files import RankFiles
+from relora_mora.checkpoint.rank_files import snapshot
 from relora_mora.data.held_out import EvalSet
 from relora_mora.data.lanes import LaneStates
 from relora_mora.data.stream.packing import Batch
@@ -192,9 +192,8 @@ def test_an_evaluation_waits_only_at_its_end(fake: FakeTensorMode, monkeypatch: 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode) -> None:
     engine, _ = train_steps(stage, "remora operator 1", fake, bf16=True)
-    files = RankFiles(engine, FrozenMasters([], 0, RANKS), {})
     with fake, Watch() as watch:
-        tensors = files.snapshot()
+        tensors = snapshot(engine)
     assert len(watch.syncs) == 1, watch.syncs
     assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
 

@@ -37,7 +37,6 @@ def announced(owner: Any, name: str, phase: str, seconds: float = 0.0) -> None:
 
 
 def announce_all() -> None:
-    from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.checkpoint.writer import CheckpointWriter
     from relora_mora.engine.merging import Merger
     from relora_mora.train.loop.evaluating import Evaluating
@@ -47,7 +46,7 @@ def announce_all() -> None:
     announced(Trainer, "train_step", "step")
     announced(Evaluating, "evaluate", "evaluate")
     announced(Merger, "_reset_masters", "merge", 0.02)  # the base is written, the adapters are not yet reset
-    announced(RankFiles, "write", "save", 0.02)
+    announced(CheckpointWriter, "_write", "save", 0.02)
     announced(CheckpointWriter, "_commit", "commit", 0.02)
     announced(CheckpointWriter, "_tidy_up", "retire", 0.02)
 

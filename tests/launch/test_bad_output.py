@@ -65,10 +65,10 @@ def test_output_that_cannot_be_made(inputs: Path, tmp_path: Path) -> None:
         occupied: "remove it",
         tmp_path / "file": "remove it",
         tmp_path / "loop": "remove it",
-        tmp_path / "file" / "below": "a part of this path is not a folder",
+        tmp_path / "file" / "below": "File exists",
         tmp_path / ("x" * 300): "File name too long",
     }.items():
-        refused(write_output(inputs, out), str(out), message)
+        refused(write_output(inputs, out), str(out.parent), message)
     assert left_in(tmp_path) == ["file", "loop", "occupied"]
     assert (occupied / "mine").read_text() == (tmp_path / "file").read_text() == "keep"
 
@@ -89,7 +89,7 @@ def test_a_full_disk(inputs: Path, tmp_path: Path) -> None:
 
 def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "ro") as folder:
-        refused(write_output(inputs, folder / "out"), f"{folder / 'out'}: Read-only file system")
+        refused(write_output(inputs, folder / "out"), f"{folder}/.out-", "Read-only file system")
     with disk(tmp_path / "disk", "size=1m") as folder:
         refused(write_output(inputs, folder), f"{folder}: is a mount point")
     with public_folder() as folder:
@@ -98,4 +98,4 @@ def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path) -> 
         (folder / "locked").mkdir(mode=0o555)
         with permissions_count():
             answer = write_output(folder / "in", folder / "locked" / "out")
-        refused(answer, f"{folder / 'locked' / 'out'}: Permission denied; check its permissions")
+        refused(answer, f"{folder / 'locked'}/.out-", "Permission denied; check its permissions")

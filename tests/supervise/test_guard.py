@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from relora_mora.supervise.exits import record_end
+from relora_mora.supervise.exits import PeerFailure, record_end
 from relora_mora.supervise.guard import Guard
-from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import is_launcher
 from tests.tools.each import each
 from tests.tools.jobs import ends as ends_in
@@ -167,7 +166,7 @@ ALL_RANKS = """
 import os, sys
 from pathlib import Path
 from relora_mora.supervise.guard import Guard
-from relora_mora.supervise.heartbeat import PeerFailure
+from relora_mora.supervise.exits import PeerFailure
 for rank in range(3):
     if os.fork() == 0:
         guard = Guard(signals=False)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -80,7 +79,7 @@ def test_a_holder_notices_that_its_file_was_removed_or_replaced(replaced, tmp_pa
     other.release()
 
 
-@each("lag_seconds", [0, 3600, None])
+@each("lag_seconds", [3600, None])
 def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, lag_seconds):
     """Even if that host's clock lags this host's clock. None: it touches nothing."""
     monkeypatch.setattr(module, "STALE_SECONDS", 1.0)
@@ -105,11 +104,3 @@ def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, m
             lock.acquire(wait_seconds=3)
     ended.set()
     thread.join()
-
-
-def test_the_lock_file_of_release_02_is_taken(tmp_path: Path):
-    (tmp_path / "lock").write_text('{"host": "a", "pid": 1, "token": "x", "released": true}\n')
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    assert str(os.getpid()) in lock.path.read_text()
-    lock.release()

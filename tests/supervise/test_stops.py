@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from relora_mora.checkpoint.reader import newest_whole
+from relora_mora.checkpoint.layout import list_checkpoints
+from relora_mora.checkpoint.reader import first_whole
 from tests.tools.grids import rest
 from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
 from tests.tools.runs import checkpoint_at, run_config, tensors
@@ -36,7 +37,7 @@ def config(inputs, tokenizer_path, tmp_path) -> Path:
 
 
 def _saved_step(run_dir: Path) -> int:
-    chosen, passed_over = newest_whole(run_dir / "checkpoints")
+    chosen, passed_over = first_whole(list_checkpoints(run_dir / "checkpoints"))
     assert chosen is not None
     assert not passed_over
     return int(chosen.name[5:])

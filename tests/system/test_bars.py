@@ -34,7 +34,7 @@ def test_a_terminal_shows_count_rate_and_time_left_and_no_bar_remains(monkeypatc
         bar.update(500, 1000)
         bar.note("a note")
         assert until(lambda: "a note" in terminal.getvalue())
-        for seconds, rate in ((0.5, "0 token/s"), (1e4, "s/token")):  # many a second, and many seconds for one
+        for seconds, rate in ((0.5, "0 token/s"), (1e4, "s/ token")):  # many a second, and many seconds for one
             bar._begin = time.time() - seconds
             assert until(lambda rate=rate: rate in terminal.getvalue())
         assert re.search(r"evaluation:  50%.* 500/1000 \[\d\d:\d\d<\d\d:\d\d", terminal.getvalue())

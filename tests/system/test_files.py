@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.system.files import append_synced, disk_errno, disk_faults_named, place_of, remove, sync, write_synced
+from relora_mora.system.files import append_synced, disk_faults_named, place_of, remove, sync, write_synced
 from tests.tools.each import each
 
 FULL = errno.ENOSPC
@@ -68,27 +68,22 @@ def test_a_link_is_removed_without_its_target(tmp_path):
 
 
 @each(
-    "error,number",
+    "error,place",
     [
-        (OSError(MISSING, "No such file", "out/a/b"), MISSING),  # any path below the folder
-        (OSError(MISSING, "No such file", "elsewhere"), None),
-        (OSError(FULL, "No space"), FULL),  # a write names no file
+        (OSError(FULL, "No space"), "out"),  # a write names no file
         (OSError(MISSING, "No such file"), None),  # but this was no write
-        (OSError(FULL, "No space", "source", None, "out/a"), FULL),  # a copy is about its target
-        (Exception("I/O error: No space left on device (os error 28)"), FULL),  # safetensors
+        (OSError(FULL, "No space", "elsewhere"), "elsewhere"),
+        (OSError(FULL, "No space", "source", None, "target"), "target"),  # a copy is about its target
+        (Exception("I/O error: No space left on device (os error 28)"), "out"),  # safetensors
         (ValueError("(os error 28)"), None),
         (Exception("(os error 2)"), None),
     ],
 )
-def test_errors_of_the_disk_are_recognized(error, number):
-    assert disk_errno(error, Path("out")) == number
-
-
-def test_an_error_without_a_file_name_gets_the_folders_name(tmp_path):
-    for named, place in (([], tmp_path), ([str(tmp_path / "a")], tmp_path / "a")):
-        with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
-            raise OSError(FULL, "No space left on device", *named)
-        assert place_of(caught.value) == str(place)
+def test_an_error_of_the_disk_names_a_file(error, place):
+    with pytest.raises(type(error) if place is None else OSError) as caught, disk_faults_named(Path("out")):
+        raise error
+    assert place is None or place_of(caught.value) == place
+    assert (caught.value is error) is (place != "out")
 
 
 def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):

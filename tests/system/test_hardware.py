@@ -38,12 +38,6 @@ def test_the_speed_of_a_slow_cpu_is_measured_with_a_small_product_even_if_there_
     [
         ("0::/\n", {"memory.max": "4096\n"}, 4096),
         ("0::/job/task\n", {"job/memory.max": "4096\n", "job/task/memory.max": "max\n"}, 4096),
-        (
-            "5:cpu:/a\n4:memory:/a\n0::/\n",
-            {"memory/a/memory.limit_in_bytes": "8192\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"},
-            8192,
-        ),
-        ("4:memory:/host/name\n", {"memory/memory.limit_in_bytes": "8192\n"}, 8192),
         ("0::/\n", {"memory.max": "max\n"}, None),
         (None, {"memory.max": "4096\n"}, None),
     ],

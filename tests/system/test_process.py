@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from relora_mora.system.process import keep_freed_memory
 from tests.tools.each import each
 
 pytestmark = pytest.mark.more
@@ -25,7 +24,9 @@ def faults():
     for _ in range(4):
         torch.ones(16 * 2**20)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed_memory(), faults())
+before = faults()
+keep_freed_memory()
+print(before, faults())
 """
 IMPORT = """
 from relora_mora.system.process import many_imports
@@ -42,15 +43,8 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_memory_that_was_freed_is_used_again_without_page_faults():
-    plain, done, kept = _run(FAULTS).stdout.split()
-    assert done == "True"
+    plain, kept = _run(FAULTS).stdout.split()
     assert int(kept) < 100 < 4 * 1000 < int(plain)
-
-
-@each("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_settings_in_the_environment_win(monkeypatch, name):
-    monkeypatch.setenv(name, "glibc.malloc.tcache_count=5")
-    assert not keep_freed_memory()
 
 
 # as OpenMP itself says it; the wheels of torch for Linux bring GNU's

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from relora_mora.system.run_folder import RunFile, RunFolder, read_json_lines
+from relora_mora.system.run_folder import RunFile, RunFolder
 
 
 def test_the_names_do_not_change():
@@ -17,11 +15,3 @@ def test_the_names_do_not_change():
     }
     assert RunFolder(Path("runs/a")).metrics == Path("runs/a/metrics.jsonl")
     assert RunFolder(Path("runs/a")).stacks(3) == Path("runs/a/stacks-of-rank-3.txt")
-
-
-def test_json_lines_come_oldest_first(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "größe": "π"}\n', encoding="utf-8")
-    assert read_json_lines(path) == [{"step": 1}, {"step": 2, "größe": "π"}]
-    with pytest.raises(OSError, match=r"ends\.jsonl"):
-        read_json_lines(RunFolder(tmp_path).ends)

@@ -31,13 +31,13 @@ def opened(run: Path, said: list[str] | None = None, url: str = URL) -> Mirror:
     return Mirror(url, RunFolder(run), (said if said is not None else []).append)
 
 
-def sent(run: Path, *checkpoints: Path, said: list[str] | None = None, url: str = URL) -> None:
-    """A trainer that saves these checkpoints and ends."""
-    trainer = opened(run, said, url)
+def sent(run: Path, *steps: int, url: str = URL) -> None:
+    """A trainer that saves checkpoints of these steps and ends."""
+    trainer = opened(run, url=url)
     trainer.claim()
+    for step in steps:
+        checkpoint(run, step)
     trainer.start()
-    for each in checkpoints:
-        trainer.offer(each)
     trainer.close()
 
 

@@ -47,7 +47,7 @@ def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lose_rank_1() -> None:
-    from relora_mora.checkpoint.rank_files import RankFiles
+    from relora_mora.checkpoint.writer import CheckpointWriter
     from relora_mora.data.stream.stream import TrainStream
     from relora_mora.train import pretrain
 
@@ -67,7 +67,7 @@ def lose_rank_1() -> None:
             case "at the end":
                 pretrain.collectives.leave_together = killed  # type: ignore[assignment]
             case "in a save":
-                RankFiles.write = killed_later  # type: ignore[method-assign]
+                CheckpointWriter._write = killed_later  # type: ignore[method-assign]
             case "device":
                 fail_with(torch.AcceleratorError("CUDA error: unspecified launch failure"))
             case "disk":

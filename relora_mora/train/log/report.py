@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from relora_mora.config.secrets import redact
 from relora_mora.data.errors import SKIP_REASONS
-from relora_mora.distributed.collectives import least_over_hosts, sum_over_hosts
+from relora_mora.distributed.collectives import gather_from_ranks, sum_over_hosts
 from relora_mora.engine.merging import MergeRecord
 from relora_mora.evaluation.generation import Generated
 from relora_mora.evaluation.loss import EvalResult
@@ -161,7 +161,8 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
     sums = sum_over_hosts([float(counts.get(name, 0)) for name in counted])
     totals = dict(zip(counted, map(int, sums), strict=True))
     names = ["epoch", *(f"epoch/{source}" for source in sources)]
-    epoch, *epochs = map(int, least_over_hosts([float(counts[name]) for name in names]))  # of the slowest lane
+    epochs_of_ranks = gather_from_ranks([int(counts[name]) for name in names])
+    epoch, *epochs = map(min, zip(*epochs_of_ranks, strict=True))  # of the slowest lane
     skipped = {
         f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
         for reason in SKIP_REASONS

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
+from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
@@ -157,6 +158,7 @@ class Saving:
     writer: CheckpointWriter
     guard: Guard
     metrics: report.Metrics
+    mirror: Mirror | None = None
 
     def __call__(self, state: RunState) -> None:
         is_best = state.best is not None and state.best.step == state.step
@@ -184,8 +186,8 @@ class Saving:
             self.save(state)
         self.guard.begin(f"step {state.step}: waiting for the checkpoint", within=LONG_SECONDS)
         self.writer.wait()
-        if self.writer.mirror is not None:
-            self.writer.mirror.close()
+        if self.mirror is not None:
+            self.mirror.close()
         failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
         if failures:
             remedy = f"check the disk (df, df -i); then {self.resume_command} continues from the newest checkpoint"

@@ -75,14 +75,16 @@ class Trainer:
             merge_states=merge_states,
             sync_beside=self.metrics.sync,
             report=log.error,
-            mirror=mirror,
         )
+        self.mirror = mirror
+        if mirror is not None:
+            mirror.start()
         is_slow = any(rule.is_slow for rule in matrix_rules(config.optim).values())
         self.update_seconds = LONG_SECONDS if is_slow else None
         self.merging = Merging(run, self.writer, guard, self.metrics)
         reporting = Reporting(run, self.metrics, self.progress)
         self.evaluating = Evaluating(run, guard, self.metrics, self.progress)
-        self.saving = Saving(run, self.writer, guard, self.metrics)
+        self.saving = Saving(run, self.writer, guard, self.metrics, mirror)
         # in this order after every step: a checkpoint has everything that was done at its step
         self.events: list[Callable[[RunState], None]] = [self.merging, reporting, self.evaluating, self.saving]
         self._continue_from(state, repeated={"train/rollbacks", "eval/seconds"})
@@ -189,7 +191,6 @@ class Trainer:
         # the lines that named the bad data belong to dropped steps
         skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
         self.metrics.write(state.step, {**values, **skipped})
-        self.writer.send(state.step)
         return True
 
     def _continue_from(self, state: RunState, repeated: set[str]) -> None:
@@ -197,8 +198,6 @@ class Trainer:
         state.data = self.data.own_part(state.data)
         self.guard.step = state.step
         continues = state.saved is not None  # the checkpoint that it was loaded from, if any, is in this run's folder
-        if continues and state.loaded is not None:
-            self.writer.adopt_base(state.loaded)
         if state.evaluated == state.step:
             repeated -= {"eval/seconds"}
         if self.merging.is_due(state):  # a shorter run ended here
@@ -211,8 +210,8 @@ class Trainer:
             self.progress.close()
         self.data.close()
         self.writer.wait()
-        if self.writer.mirror is not None:
-            self.writer.mirror.close(wait=False)
+        if self.mirror is not None:
+            self.mirror.close(wait=False)
         self.metrics.close()
 
 

@@ -6,6 +6,7 @@ the same data again, meets the same numbers, and goes back again.
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from relora_mora.checkpoint import layout
@@ -15,15 +16,15 @@ from relora_mora.checkpoint.reader import (
     at_best,
     check_folder,
     find_checkpoint,
+    first_whole,
     newest_manifest,
-    newest_whole,
+    verify,
 )
 from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.config.schema import Config
 from relora_mora.data.lanes import merge_states, start_states
 from relora_mora.data.stream.producer import mixture_names
-from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
-from relora_mora.system.files import write_if_possible
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
@@ -90,15 +91,21 @@ def checkpoint_at(where: Path, inputs: Inputs, rank: int) -> Path:
     if where != RunFolder(Path(inputs.config.train.run_dir)).checkpoints:
         chosen: Path | None = from_first_rank(lambda: find_checkpoint(where))
     else:
-        chosen, skipped = newest_whole(where, (rank, inputs.world_size))
-        for reason in skipped:  # the same on all ranks
-            shared_log.warning("passed over %s", reason)
+        candidates = from_first_rank(lambda: list_checkpoints(where))
+        chosen, problems = first_whole(candidates, _verified_by_all(rank, inputs.world_size))
+        for problem in problems:
+            shared_log.warning("passed over %s", problem)
     if chosen is None:
         fault = f"{where}: all checkpoints in it are damaged; move them away to start again"
         raise same_on_all_ranks(CheckpointError(fault))
     found = chosen
     from_first_rank(lambda: _check_same_run(inputs, found))
     return found
+
+
+def _verified_by_all(rank: int, world_size: int) -> Callable[[Path], None]:
+    """A collective that verifies a checkpoint: each rank reads a share of its files."""
+    return lambda path: on_all_ranks(lambda: verify(path, rank, world_size))
 
 
 def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
@@ -216,16 +223,14 @@ def _abandon_other_history(folder: RunFolder, step: int, *, own: bool) -> None:
     Later checkpoints are renamed. If the checkpoint is not ``own``, so are all checkpoints and the records of the run
     that was in the folder.
     """
-    latest = folder.checkpoints / layout.LATEST
     others = [path for path in list_checkpoints(folder.checkpoints) if not own or (layout.step_of(path) or 0) > step]
     for path in others:
         layout.abandon(path)
+    if others or not own:
+        (folder.checkpoints / layout.LATEST).unlink(missing_ok=True)  # the next save writes it
     if not own:
-        latest.unlink(missing_ok=True)
         (folder.checkpoints / layout.BEST).unlink(missing_ok=True)
         abandon_records(folder)
-    elif others:
-        write_if_possible(latest, f"{layout.step_folder(step)}\n", without="it names another one; training goes on")
 
 
 def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState | None:
@@ -235,10 +240,12 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) 
     loss, and raises :class:`TrainingError` after steps that were skipped, as it does after ``train.max_rollbacks``.
     """
     config = run.config.train
-    ranks = run.engine.rank, run.engine.world_size
     writer.wait()
     gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
-    chosen, _ = newest_whole(writer.folder, ranks, lambda path: layout.good_step(path) in range(state.step))
+    earlier = from_first_rank(
+        lambda: [path for path in list_checkpoints(writer.folder) if layout.good_step(path) in range(state.step)]
+    )
+    chosen, _ = first_whole(earlier, _verified_by_all(run.engine.rank, run.engine.world_size))
     if chosen is None and not state.health.bad_steps:
         return None
     if state.rollbacks >= config.max_rollbacks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def test_a_run_that_lost_its_disk_continues_from_the_mirror(runs: Runs, pools: A
     pools(ranks)(quickly, lost, stop_after=6)
     wait_for(lambda: (tmp_path / "store/manifests/step-00000006.json").exists())  # a thread sends, cut off or not
     wait_for(lambda: not list((tmp_path / "lost/checkpoints").glob("*.tmp")))
-    wait_for(lambda: json.loads((tmp_path / "store/owner.json").read_text())["released"])
+    wait_for(lambda: not (tmp_path / "store/owner.json").exists())
     shutil.rmtree(tmp_path / "lost")
     here = runs.config(tmp_path / "here", ranks, checkpoint=kept)
     pools(ranks)(quickly, here)
@@ -42,5 +41,6 @@ def test_a_run_that_lost_its_disk_continues_from_the_mirror(runs: Runs, pools: A
     assert losses[0] == losses[1]
     assert len(losses[0]) == 10
     assert different_tensors(checkpoint_at(tmp_path / "whole", 10), checkpoint_at(tmp_path / "here", 10)) == []
-    assert sorted(path.stem for path in (tmp_path / "store/manifests").iterdir()) == ["step-00000008", "step-00000010"]
-    assert json.loads((tmp_path / "store/owner.json").read_text())["released"]
+    there = {path.stem for path in (tmp_path / "store/manifests").iterdir()}
+    assert {"step-00000010"} <= there <= {"step-00000008", "step-00000010"}, "a quick run may send only the newest"
+    assert not (tmp_path / "store/owner.json").exists()
