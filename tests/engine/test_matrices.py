@@ -72,7 +72,9 @@ def many_cuts(together: int) -> list[tuple[list[Tensor], list[int]]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("world,together", [(1, 8), (2, 1), (4, 8)])
 def test_matrices_are_whole_for_every_cut(pools, world, together):
-    changed = {name: _less_its_mean(_values(name)[None]) if name in SHAPES else _values(name) for name in sum(FLATS, ())}
+    changed = {
+        name: _less_its_mean(_values(name)[None]) if name in SHAPES else _values(name) for name in sum(FLATS, ())
+    }
     expected = [torch.cat([changed[name].reshape(-1) for name in names]) for names in FLATS]
     for of_ranks in zip(*pools(world)(many_cuts, together), strict=True):
         for index, values in enumerate(expected):

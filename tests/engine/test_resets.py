@@ -1,6 +1,6 @@
 """Merge, reset, switch and re-warm on every ZeRO stage, in both precisions, with one and two processes.
 
-That moments are reset as the settings say is shown by tests/grid.
+That other resets are what the settings say is shown by tests/grid.
 """
 
 from typing import Any
@@ -104,6 +104,29 @@ def test_a_merge_changes_only_what_it_should(pools, world, stage, bf16, method, 
     for other_losses, other_base in others:
         assert losses == other_losses
         assert _same(base, other_base)
+
+
+def pruned(world_size: int) -> None:
+    from tests.tools.tiny import build_rig, tiny_config
+
+    rig = build_rig(tiny_config(world_size, method={"reset": "magnitude", "reset_ratio": 0.75}))
+    for step in range(1, MERGE_AT + 1):
+        rig.step(step)
+    keys = ("exp_avg", "exp_avg_sq")
+    before = {name: [rig.gather(name, key) for key in keys] for name in _adapters(rig)}
+    rig.merge(MERGE_AT)
+    for name, moments in before.items():
+        after = [rig.gather(name, key) for key in keys]
+        first, kept = moments[0], after[0] != 0
+        assert kept.sum() == first.numel() - round(0.75 * first.numel())
+        assert first[kept].abs().min() >= first[~kept].abs().max()
+        assert all(torch.equal(a, torch.where(kept, b, 0.0)) for a, b in zip(after, moments, strict=True))
+
+
+@pytest.mark.distributed
+def test_all_moments_of_an_element_are_pruned_together(pools, ranks):
+    """An element with exp_avg and without exp_avg_sq would step by exp_avg / eps."""
+    pools(ranks)(pruned, ranks)
 
 
 def hundred_merges(world_size: int, bf16: bool, base: str | None) -> tuple[dict[str, Tensor], list[str]]:
