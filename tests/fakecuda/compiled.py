@@ -3,8 +3,6 @@
 They are launched on a device that does nothing. Run by ``make test-fakecuda``.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path

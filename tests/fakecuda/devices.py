@@ -4,8 +4,6 @@ train.deterministic takes other kernels of torch.
 Run by ``make test-fakecuda``.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
