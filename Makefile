@@ -159,7 +159,6 @@ versions:
 	.venv-$(KIND)/bin/python -m pip list --format=freeze
 	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not ($(LONG))"
 	.venv-$(KIND)/bin/python -m pytest $(VERSION_TESTS)
-	.venv-$(KIND)/bin/python -m tests.tools.versions $(KIND)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(PYTEST) -m "not distributed and not more and not ($(LONG))"

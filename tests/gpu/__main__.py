@@ -6,8 +6,6 @@ Without a GPU it says why nothing was run, and the exit code is 0, or 1 with NEE
 TEST_DEVICE=cpu runs it on a CPU, with a smaller model in the benchmarks.
 """
 
-from __future__ import annotations
-
 import configparser
 import importlib.metadata
 import importlib.util

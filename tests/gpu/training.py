@@ -4,8 +4,6 @@ tests with other ``pools``.
 Run by ``make test-gpu``.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The cases of the covering grid, and their settings."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Whole tiny runs of the trainer on generated text, for tests."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
