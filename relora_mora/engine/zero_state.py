@@ -11,31 +11,20 @@ from torch import Tensor, nn
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
-from relora_mora.optim.groups import state_of
 
 
 class ZeroState:
-    """What DeepSpeed's optimizer ``zero`` holds of ``lm``: a :class:`relora_mora.engine.protocol.Engine`.
+    """What DeepSpeed's optimizer ``zero`` holds of ``lm``: most of a :class:`relora_mora.engine.protocol.Engine`.
 
-    ``moments`` has the names of the optimizer state of each trainable parameter. Resets, merges and checkpoints only
-    use the ``fragments``.
+    Resets, merges and checkpoints only use the ``fragments``. A subclass knows which moments there are.
     """
 
-    def __init__(
-        self,
-        lm: nn.Module,
-        zero: Any,
-        shapes: Mapping[str, torch.Size],
-        moments: Mapping[str, tuple[str, ...]],
-        device: torch.device,
-        stage: int,
-    ) -> None:
+    def __init__(self, lm: nn.Module, zero: Any, shapes: Mapping[str, torch.Size], stage: int) -> None:
         self.lm = lm
         self.zero = zero
         self.shapes = shapes
-        self.moments = moments
-        self.device = device
         self.stage = stage
+        self.device = next(lm.parameters()).device
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.copies = 1 if stage else self.world_size  # ranks that hold each element of a master
@@ -45,13 +34,10 @@ class ZeroState:
         self.fragments_of: dict[str, list[Fragment]] = {}
         for fragment in self.fragments:
             self.fragments_of.setdefault(fragment.name, []).append(fragment)
-        self._moments_of_flat = {id(part.flat): moments[part.name] for part in self.fragments}
 
     def fragments_of_rank(self, rank: int) -> list[Fragment]:
         """The fragments that a rank owns. Those of another rank refer to the flat tensors of this one."""
         return list(owned_fragments(self.zero, self.parameters, rank))
-
-    # ---- masters and optimizer state --------------------------------------------------------------------------
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -64,22 +50,10 @@ class ZeroState:
         parts = (part for part in self.fragments if names is None or part.name in names)
         return list({id(part.flat): part.flat for part in parts}.values())
 
-    def moments_of(self, name: str) -> Sequence[str]:
-        return self.moments[name]
-
-    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Moments and ``step`` of a flat master. They are zeros if the optimizer has not created them yet."""
-        return state_of(self.optimizer, flat, self._moments_of_flat[id(flat)])
-
-    @torch.no_grad()
-    def clear_state(self, names: Set[str] | None = None) -> None:
-        """Zeroes the optimizer state of these parameters (default: of all): moments and step counts.
-
-        All other parameters must be in other groups of the optimizer: a flat master has one step count.
-        """
-        for flat in self.flats(names):
-            for value in self.state_of(flat).values():
-                value.zero_()
+    def state_of(self, flat: Tensor) -> dict[str, Any]:
+        """The optimizer's moments and ``step`` of a flat master."""
+        state: dict[str, Any] = self.optimizer.state[flat]
+        return state
 
     def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
         """See the protocol. The host waits for the device once."""
@@ -117,7 +91,7 @@ class ZeroState:
     @torch.no_grad()
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
         """See the protocol. The masters of frozen weights are in ``FrozenMasters`` (engine/merging.py)."""
-        assert name in self.moments, f"{name} is frozen"
+        assert self.parameters[name].requires_grad, f"{name} is frozen"
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
         for fragment in self.fragments_of.get(name, ()):
             source = fragment.flat if key is None else self.state_of(fragment.flat)[key]
@@ -140,8 +114,6 @@ class ZeroState:
         if self.world_size > 1:
             dist.broadcast(value, src=src)
 
-    # ---- frozen weights ---------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def read_weight(self, name: str) -> Tensor:
         parameter = self.parameters[name]
@@ -158,16 +130,12 @@ class ZeroState:
         stored = self.layers[name].stored if name in self.layers else PLAIN
         if value is not None and stored != PLAIN:
             value = stored.encode(value.to(self.device))
-        if self.stage == 3:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
-                if self.rank == owner:
-                    assert value is not None
-                    parameter.data.copy_(value)
-            return
-        if self.rank == owner:
-            assert value is not None
-            parameter.data.copy_(value)
-        self.broadcast(parameter.data, owner)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner, enabled=self.stage == 3):
+            if self.rank == owner:
+                assert value is not None
+                parameter.data.copy_(value)
+        if self.stage < 3:
+            self.broadcast(parameter.data, owner)
 
     def drop_merged(self) -> None:
         """Drops every ``W + delta`` of the resident layers; call it before their values change."""
