@@ -125,7 +125,7 @@ class ZeroEngine(ZeroState):
             counts[group] = int(self.state_of(flats[0])["step"].item()) if flats else -1
         return counts
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor | float | None) -> Tensor:
         """The module's forward: see :class:`relora_mora.model.causal.LossModel`."""
         self.keep_merged()
         return self.deepspeed(*inputs)

@@ -1,6 +1,6 @@
 """Masters, optimizer state and frozen weights by name, however DeepSpeed has cut them: a view of its optimizer."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import deepspeed
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
+from relora_mora.engine.protocol import Engine
 
 
-class ZeroState:
-    """What DeepSpeed's optimizer ``zero`` holds of ``lm``: most of a :class:`relora_mora.engine.protocol.Engine`.
+class ZeroState(Engine):
+    """What DeepSpeed's optimizer ``zero`` holds of ``lm``: most of an engine.
 
     Resets, merges and checkpoints only use the ``fragments``. A subclass knows which moments there are.
     """
@@ -55,16 +56,9 @@ class ZeroState:
         state: dict[str, Any] = self.optimizer.state[flat]
         return state
 
-    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
-        """See the protocol. The host waits for the device once."""
-        number = {name: index for index, name in enumerate(names, start=1)}
-        counts = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
-        for part in self.fragments:
-            if part.name in number:
-                counts[0] += part.numel
-                counts[number[part.name]] += ~part.of(part.flat).isfinite().all()
-        elements, *bad = self.all_reduce(counts).tolist()
-        return int(elements), [name for name, count in zip(names, bad, strict=True) if count]
+    def parts(self, name: str, key: str | None = None) -> list[Tensor]:
+        fragments = self.fragments_of.get(name, [])
+        return [part.of(part.flat if key is None else self.state_of(part.flat)[key]) for part in fragments]
 
     @torch.no_grad()
     def write_masters(self, values: Mapping[str, Tensor]) -> None:
@@ -75,13 +69,11 @@ class ZeroState:
 
     @torch.no_grad()
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
-        written = 0
-        for fragment in self.fragments_of.get(name, ()):
-            target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
-            piece = value.reshape(-1)[fragment.start : fragment.start + fragment.numel]
-            fragment.of(target).copy_(piece, non_blocking=True)  # does not wait if the value is in host memory
-            written += fragment.numel
-        return written
+        parts = self.parts(name, key)
+        for fragment, part in zip(self.fragments_of.get(name, []), parts, strict=True):
+            # does not wait if the value is in host memory
+            part.copy_(fragment.of_whole(value.reshape(-1)), non_blocking=True)
+        return sum(part.numel() for part in parts)
 
     def refresh(self) -> None:
         """Updates the parameters from the masters."""
@@ -90,12 +82,11 @@ class ZeroState:
 
     @torch.no_grad()
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
-        """See the protocol. The masters of frozen weights are in ``FrozenMasters`` (engine/merging.py)."""
+        """See the base class. The masters of frozen weights are in ``FrozenMasters`` (engine/merging.py)."""
         assert self.parameters[name].requires_grad, f"{name} is frozen"
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
-        for fragment in self.fragments_of.get(name, ()):
-            source = fragment.flat if key is None else self.state_of(fragment.flat)[key]
-            whole[fragment.start : fragment.start + fragment.numel] = fragment.of(source)
+        for fragment, part in zip(self.fragments_of.get(name, []), self.parts(name, key), strict=True):
+            fragment.of_whole(whole).copy_(part)
         if self.world_size > 1 and self.stage > 0:
             # every element has one owner, and adding the zeros of the other ranks keeps its bits
             if to is None:
@@ -103,16 +94,6 @@ class ZeroState:
             else:
                 dist.reduce(whole, dst=to)
         return whole.view(self.shapes[name])
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values.cpu()
-
-    def broadcast(self, value: Tensor, src: int) -> None:
-        """Copies the value of rank ``src`` to every rank, in place; a collective."""
-        if self.world_size > 1:
-            dist.broadcast(value, src=src)
 
     @torch.no_grad()
     def read_weight(self, name: str) -> Tensor:

@@ -18,7 +18,7 @@ def infinite(rig: Any) -> None:
 
 def missing(rig: Any) -> None:
     if rig.engine.rank == 1:
-        rig.engine.fragments.remove(next(part for part in rig.engine.fragments if part.name.endswith("lora_B")))
+        del rig.engine.fragments_of[next(name for name in rig.engine.fragments_of if name.endswith("lora_B"))]
 
 
 def too_large(rig: Any) -> None:
