@@ -145,13 +145,6 @@ def test_launches_of_one_shape_share_a_kernel() -> None:
     assert group_sum(on_device(0, 768), grouping).shape == (0, 448)
 
 
-def test_products_are_added_without_rounding_for_any_default_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
-    group_sum(on_device(8, 768), operator_of(1, (768, 768)).padded_inputs)
-    [launched] = triton_launch._compiled.values()
-    assert launched.metadata.enable_fp_fusion
-
-
 def test_an_older_gpu_uses_the_operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     triton_launch.works_on.cache_clear()

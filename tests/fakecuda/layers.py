@@ -34,22 +34,16 @@ from tests.tools.helpers import ROOT
 SEQUENCES, LENGTH = 16, 512
 MODELS = ("llama_250m", "llama_1_3b")
 INT8: dict[str, Any] = {"base": "int8", "base_products": True}
-FP8: dict[str, Any] = {"base": "fp8", "base_products": True}
 METHODS = {
     "frozen": MethodConfig(name="full"),  # the linears do not train: what is left when an adapter costs nothing
     "full": MethodConfig(name="full"),
     "remora operator 1": MethodConfig(name="remora", operators=[1]),
-    "remora operator 2": MethodConfig(name="remora", operators=[2]),
     "remora operator 1 resident": MethodConfig(name="remora", operators=[1], form="resident"),
-    "remora operator 2 resident": MethodConfig(name="remora", operators=[2], form="resident"),
     "remora operator 1 int8": MethodConfig(name="remora", operators=[1], form="decoupled", **INT8),
     "remora operator 1 int8 resident": MethodConfig(name="remora", operators=[1], form="resident", **INT8),
-    "remora operator 1 fp8 resident": MethodConfig(name="remora", operators=[1], form="resident", **FP8),
     "relora": MethodConfig(name="relora"),
     "relora resident": MethodConfig(name="relora", form="resident"),
-    "relora int8": MethodConfig(name="relora", form="decoupled", **INT8),
     "relora int8 resident": MethodConfig(name="relora", form="resident", **INT8),
-    "relora fp8 resident": MethodConfig(name="relora", form="resident", **FP8),
 }
 # folding constants looks at values, padding of products is decided by timing them, a program in a cache is not written
 NOTHING_RUNS = {"joint_graph_constant_folding": False, "shape_padding": False, "force_disable_caches": True}

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -19,12 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
 from relora_mora.checkpoint.rank_files import RankFiles
-from relora_mora.data.held_out import EvalSet
 from relora_mora.data.lanes import LaneStates
 from relora_mora.data.stream.packing import Batch
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
-from relora_mora.evaluation.loss import evaluate
 from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups
 from relora_mora.train.loop.loop import micro_batches
 from tests.fakecuda.layers import model_with
@@ -165,24 +162,6 @@ def test_the_device_does_not_wait_for_a_batch(fake: FakeTensorMode, monkeypatch:
         pieces = list(micro_batches(batch, 2, torch.device("cuda")))
     assert [tensor.device.type for piece in pieces for tensor in piece if tensor is not None] == 6 * ["cuda"]
     assert len(pinned) == watch.launches.total() == 4  # boundaries for each micro-batch
-    assert watch.syncs == []
-
-
-def test_an_evaluation_waits_only_at_its_end(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    tokens = np.zeros((4, 17), dtype=np.int32)
-    data = EvalSet(tokens, np.ones((4, 16), dtype=bool), None, 64, "", documents=4, eos=0)
-    monkeypatch.setitem(data.__dict__, "predicted", 0)  # as numbers read back are
-    with fake, Watch() as watch:
-        result = evaluate(
-            lambda input_ids, labels, _: (input_ids + labels).float().mean(),
-            data,
-            micro_batch_size=2,
-            device=torch.device("cuda"),
-            all_sum=lambda totals: torch.zeros_like(totals, device="cpu"),  # which waits
-        )
-    assert result is not None
-    assert watch.launches["_to_copy"] >= 4
     assert watch.syncs == []
 
 
