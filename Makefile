@@ -65,9 +65,8 @@ LEAVE_OUT ?= nothing
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
 	$(FAKE_CUDA) pytest -k 'not $(LEAVE_OUT)' -n $(JOBS) --dist loadfile -rs $(addprefix tests/fakecuda/,growth.py compiled.py documents.py memory.py devices.py walk.py)
 	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -n $(JOBS) -rs tests/fakecuda/interpreted.py
-COUNT ?= layers
-count-fakecuda:  ## a table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv; COUNT=loss: loss.csv
-	@$(FAKE_CUDA) tests.fakecuda.$(COUNT)
+count-fakecuda:  ## the table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv
+	@$(FAKE_CUDA) tests.fakecuda.layers
 
 test-gpu:  ## tests and benchmarks on a GPU; WHEELS=FOLDER: the packages are installed from there, without a network
 	$(if $(WHEELS),@$(MAKE) --no-print-directory dev)
@@ -160,7 +159,6 @@ versions:
 	.venv-$(KIND)/bin/python -m pip list --format=freeze
 	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not ($(LONG))"
 	.venv-$(KIND)/bin/python -m pytest $(VERSION_TESTS)
-	.venv-$(KIND)/bin/python -m tests.tools.versions $(KIND)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(PYTEST) -m "not distributed and not more and not ($(LONG))"

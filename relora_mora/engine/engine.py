@@ -1,7 +1,8 @@
 """The rest of the program's view of a DeepSpeed engine: steps, and masters, optimizer state and weights by name."""
 
+import itertools
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import deepspeed
@@ -15,7 +16,7 @@ from relora_mora.config.schema import TrainConfig
 from relora_mora.engine.matrices import CutMatrices
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
 from relora_mora.engine.zero_state import ZeroState
-from relora_mora.optim.groups import MatrixAdamW
+from relora_mora.optim.groups import MatrixAdamW, create_state
 from relora_mora.optim.rules import MatrixRule, MatrixState, shapes_of
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.seeds import derived_seed
@@ -60,28 +61,27 @@ class ZeroEngine(ZeroState):
         names = {id(parameter): name for name, parameter in parameters.items()}
         self.group_names = [group["name"] for group in optimizer.param_groups]
         self.members = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        moments: dict[str, tuple[str, ...]] = {
-            name: group["moments"]
-            for group, members in zip(optimizer.param_groups, self.members, strict=True)
-            for name in members
+        self.moments: dict[str, tuple[str, ...]] = {
+            names[id(parameter)]: group["moments"] for group in optimizer.param_groups for parameter in group["params"]
         }
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         # in float32, DeepSpeed may reuse the storage of the parameters
         initial = {name: p.data if bf16 else p.data.clone() for name, p in trained.items()}
-        elements = sum(shapes[name].numel() for name in moments)
+        elements = sum(shapes[name].numel() for name in self.moments)
         settings = deepspeed_settings(
             train, dist.get_world_size(), clip=clip, bf16=bf16, trainable=elements, on_gpu=uses_cuda()
         )
         allow_optimizer(type(optimizer))
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        zero = self.deepspeed.optimizer
-        super().__init__(lm, zero, shapes, moments, self.deepspeed.device, train.zero_stage)
+        super().__init__(lm, self.deepspeed.optimizer, shapes, train.zero_stage)
+        for part in self.fragments:
+            create_state(self.optimizer, part.flat, self.moments[part.name])
         self.matrix_states: dict[str, MatrixState] = {}  # only for the matrices that this rank updates
         self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # for all matrices that have a state
         if isinstance(self.optimizer, MatrixAdamW):
             self._add_matrices(self.optimizer, train.seed)
-        self.clear_state()
+        self.clear_state(trained.keys())  # DeepSpeed's wrapper for stage 0 in bf16 has made a step of zero gradients
         self.write_masters(initial)
 
     def _add_matrices(self, optimizer: MatrixAdamW, seed: int) -> None:
@@ -103,17 +103,19 @@ class ZeroEngine(ZeroState):
             optimizer.matrices[rule] = matrices.replace
         optimizer.states = self.matrix_states
 
-    @torch.no_grad()
-    def clear_state(self, names: Set[str] | None = None) -> None:
-        """As in the base class, with the states of matrices.
+    def moments_of(self, name: str) -> Sequence[str]:
+        return self.moments[name]
 
-        A new engine needs this too: DeepSpeed's wrapper for stage 0 in bf16 starts with one step of zero gradients.
+    @torch.no_grad()
+    def clear_state(self, names: Set[str]) -> None:
+        """Zeroes the optimizer state of these parameters: moments, step counts and the states of matrices.
+
+        All other parameters must be in other groups of the optimizer: a flat master has one step count.
         """
-        super().clear_state(names)
-        for name, state in self.matrix_states.items():
-            if names is None or name in names:
-                for value in state.values():
-                    value.zero_()
+        states: list[Mapping[str, Tensor]] = [self.state_of(flat) for flat in self.flats(names)]
+        states += [state for name, state in self.matrix_states.items() if name in names]
+        for value in itertools.chain(*(state.values() for state in states)):
+            value.zero_()
 
     def group_steps(self) -> dict[str, int]:
         """AdamW's step count of each group: 0 if it has another rule, -1 if this rank owns nothing of it."""
@@ -123,9 +125,7 @@ class ZeroEngine(ZeroState):
             counts[group] = int(self.state_of(flats[0])["step"].item()) if flats else -1
         return counts
 
-    # ---- steps ------------------------------------------------------------------------------------------------
-
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor | float | None) -> Tensor:
         """The module's forward: see :class:`relora_mora.model.causal.LossModel`."""
         self.keep_merged()
         return self.deepspeed(*inputs)

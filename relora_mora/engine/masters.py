@@ -13,7 +13,8 @@ stage      masters
 3          ``DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat[subgroup]``
 =========  ======================================================================================
 
-:class:`Fragment` describes them the same way for all stages.
+:class:`Fragment` describes them the same way for all stages. These classes are not documented and may move in any
+release, which is why the version of DeepSpeed is bounded.
 """
 
 import itertools
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from relora_mora.engine import internals
-
 OUTSIDE = "(outside the model)"
-Piece = tuple[Tensor, int, int, Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -52,85 +55,69 @@ class Fragment:
         return values.view(-1).narrow(0, self.start, self.numel)
 
 
+def stage_of(optimizer: Any) -> int:
+    """3, 1 if the masters are cut in flat partitions (also stage 2), or 0, for DeepSpeed's ``optimizer``."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return 3
+    return 1 if isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer) else 0
+
+
 def owned_fragments(optimizer: Any, parameters: Mapping[str, nn.Parameter], rank: int) -> Iterator[Fragment]:
     """The fragments of a rank in the masters of DeepSpeed's ``optimizer``.
 
     Those of parameters that are not in ``parameters`` have the name ``OUTSIDE``.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
-    for parameter, start, numel, flat, offset in _pieces(optimizer, rank):
-        yield Fragment(names.get(id(parameter), OUTSIDE), start, numel, flat, offset)
+    if stage_of(optimizer) == 3:
+        # every parameter is cut into equal partitions, one per rank; a subgroup concatenates the partitions of a rank
+        for flat, members in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            offset = 0
+            for p in members:
+                size = p.partition_numel()
+                owned = min(size, p.ds_shape.numel() - rank * size)  # the last partitions may be padding
+                if owned > 0:
+                    yield Fragment(names.get(id(p), OUTSIDE), rank * size, owned, flat, offset)
+                offset += size
+        return
+    for members, flat, offsets in _flat_groups(optimizer):
+        # below, the concatenated parameters are cut into equal partitions, one per rank; at stage 0 there is only one
+        begin = rank * flat.numel() if stage_of(optimizer) else 0
+        for p, offset in zip(members, offsets, strict=True):
+            left = max(begin, offset)
+            right = min(begin + flat.numel(), offset + p.numel())
+            if left < right:
+                yield Fragment(names.get(id(p), OUTSIDE), left - offset, right - left, flat, left - begin)
 
 
-def _pieces(optimizer: Any, rank: int) -> Iterator[Piece]:
-    """Each parameter with start, number of elements, flat tensor and offset, as in :class:`Fragment`."""
-    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
-        yield from _stage3_pieces(optimizer, rank)
-    elif isinstance(optimizer, internals.DeepSpeedZeroOptimizer):
-        flat_groups = zip(
+def _flat_groups(optimizer: Any) -> Iterator[tuple[Sequence[Tensor], Tensor, Sequence[int]]]:
+    """Parameters that are concatenated, this rank's flat master of them, and where each of them begins."""
+    groups: Iterable[tuple[Sequence[Tensor], Tensor]]
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        yield from zip(
             optimizer.round_robin_bit16_groups,  # in the order of the flat tensor: DeepSpeed may reorder parameters
             optimizer.single_partition_of_fp32_groups,
             optimizer.round_robin_bit16_offsets,
             strict=True,
         )
-        for members, flat, offsets in flat_groups:
-            yield from _flat_pieces(members, flat, offsets, rank)
-    elif isinstance(optimizer, internals.BF16_Optimizer):
-        for members, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
-            yield from _flat_pieces(members, flat, _offsets(members), rank)
-    elif isinstance(optimizer, internals.FP16_Optimizer):
-        for members, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-            yield from _flat_pieces(members, flat, _offsets(members), 0)  # every rank has all
-    elif isinstance(optimizer, internals.FP16_UnfusedOptimizer):
-        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for p, master in zip(group, masters, strict=True):
-                yield p, 0, master.numel(), master, 0
+        return
+    if isinstance(optimizer, BF16_Optimizer):
+        groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True)
+    elif isinstance(optimizer, FP16_Optimizer):
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        parameters = itertools.chain(*optimizer.fp16_groups)
+        masters = itertools.chain(*optimizer.fp32_groups)
+        groups = (([p], master) for p, master in zip(parameters, masters, strict=True))
     else:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                yield p, 0, p.numel(), p, 0
-
-
-def stage_of(optimizer: Any) -> int:
-    """3, 1 if the masters are cut in flat partitions (also stage 2), or 0, for DeepSpeed's ``optimizer``."""
-    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
-        return 3
-    return 1 if isinstance(optimizer, internals.DeepSpeedZeroOptimizer | internals.BF16_Optimizer) else 0
-
-
-def _offsets(members: Sequence[Tensor]) -> list[int]:
-    """Where each of these parameters begins if they are concatenated."""
-    return list(itertools.accumulate((p.numel() for p in members), initial=0))[:-1]
-
-
-def _flat_pieces(members: Sequence[Tensor], flat: Tensor, offsets: Iterable[int], rank: int) -> Iterator[Piece]:
-    """Parameters are concatenated and cut into equal partitions, one per rank."""
-    begin = rank * flat.numel()
-    end = begin + flat.numel()
-    for p, offset in zip(members, offsets, strict=True):
-        left = max(begin, offset)
-        right = min(end, offset + p.numel())
-        if left < right:
-            yield p, left - offset, right - left, flat, left - begin
-
-
-def _stage3_pieces(optimizer: Any, rank: int) -> Iterator[Piece]:
-    """Every parameter is cut into equal partitions, one per rank; a subgroup concatenates the partitions of a rank."""
-    for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-        offset = 0
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            start = rank * size
-            owned = max(0, min(size, parameter.ds_shape.numel() - start))  # the last partitions may be padding
-            if owned:
-                yield parameter, start, owned, flat, offset
-            offset += size
+        groups = (([p], p) for group in optimizer.param_groups for p in group["params"])
+    for members, flat in groups:
+        yield members, flat, list(itertools.accumulate((p.numel() for p in members), initial=0))[:-1]
 
 
 @torch.no_grad()
 def update_parameters(optimizer: Any) -> None:
     """Updates the parameters of DeepSpeed's ``optimizer`` from its masters."""
-    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[index].copy_(flat)
             optimizer._unflatten_partitioned_parameters(index)
@@ -138,12 +125,11 @@ def update_parameters(optimizer: Any) -> None:
         if persistent:  # small parameters stay gathered and would keep their old values
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
-    elif isinstance(optimizer, internals.DeepSpeedZeroOptimizer | internals.BF16_Optimizer):
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
         optimizer.update_lp_params()
-    elif isinstance(optimizer, internals.FP16_Optimizer):
+    elif isinstance(optimizer, FP16_Optimizer):
         for values, masters in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
             values.copy_(masters)  # the parameters are views of these
-    elif isinstance(optimizer, internals.FP16_UnfusedOptimizer):
-        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(parameters, masters, strict=True):
-                parameter.data.copy_(master)
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for [parameter], master, _ in _flat_groups(optimizer):
+            parameter.data.copy_(master)

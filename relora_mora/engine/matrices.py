@@ -6,6 +6,7 @@ matrices are sent. At stages 1 and 2 those are the matrices at the borders betwe
 stage 0 none.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,19 +27,6 @@ class Piece(NamedTuple):
     fragment: Fragment
 
 
-class Placed(NamedTuple):
-    """Where the pieces of a matrix are; the rank ``owner`` changes it."""
-
-    name: str
-    shape: torch.Size
-    pieces: Sequence[Piece]
-    owner: int
-
-    @property
-    def is_cut(self) -> bool:
-        return len({piece.rank for piece in self.pieces}) > 1
-
-
 class CutMatrices:
     """The matrices of an engine with these ``names``, for its optimizer.
 
@@ -57,18 +45,14 @@ class CutMatrices:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        pieces: dict[str, list[Piece]] = {}
+        self.shapes = shapes
+        self.pieces: dict[str, list[Piece]] = {name: [] for name in names}
         for holder, parts in fragments.items():
             for part in parts:
-                pieces.setdefault(part.name, []).append(Piece(holder, part))
-        held = {name: pieces[name] for name in names}
-        owners = _owners(held, shapes)
-        self.owned = [name for name, owner in owners.items() if owner == rank]
-        self._of_flat: dict[int, list[Placed]] = {}
-        for name, of_matrix in held.items():
-            placed = Placed(name, shapes[name], of_matrix, owners[name])
-            self._of_flat.setdefault(id(of_matrix[0].fragment.flat), []).append(placed)
-        self._exchanges: dict[tuple[int, ...], Exchange] = {}
+                if part.name in self.pieces:
+                    self.pieces[part.name].append(Piece(holder, part))
+        self.owner = _owners(self.pieces, shapes)
+        self.owned = [name for name, owner in self.owner.items() if owner == rank]
 
     @torch.no_grad()
     def replace(self, gradients: Mapping[Tensor, Tensor], update: Update) -> None:
@@ -77,79 +61,60 @@ class CutMatrices:
         ``update`` gets k matrices of one shape as a stack [k, m, n], with their names, and returns their new values.
         This is a collective if a matrix is cut: all ranks call it for the same flat tensors.
         """
-        flats = tuple(id(flat) for flat in gradients)
-        if flats not in self._exchanges:
-            placed = [each for flat in flats for each in self._of_flat.get(flat, ())]
-            self._exchanges[flats] = Exchange(placed, self.rank, self.world_size)
-        self._exchanges[flats].replace({id(flat): each for flat, each in gradients.items()}, update)
-
-
-class Exchange:
-    """Sends the matrices of some flat tensors to their owners and back."""
-
-    def __init__(self, matrices: Sequence[Placed], rank: int, world_size: int) -> None:
-        self.whole = [matrix for matrix in matrices if matrix.owner == rank and not matrix.is_cut]
-        self.cut = [matrix for matrix in matrices if matrix.is_cut]
-        self.owned = [matrix for matrix in self.cut if matrix.owner == rank]
-        # pieces by destination rank and by source rank (maybe this one)
-        self.outgoing: list[list[Fragment]] = [[] for _ in range(world_size)]
-        self.incoming: list[list[Fragment]] = [[] for _ in range(world_size)]
-        for matrix in self.cut:
-            for piece in matrix.pieces:
-                if piece.rank == rank:
-                    self.outgoing[matrix.owner].append(piece.fragment)
-                if matrix.owner == rank:
-                    self.incoming[piece.rank].append(piece.fragment)
-        self.sent_to = [sum(part.numel for part in parts) for parts in self.outgoing]  # elements
-        self.received_from = [sum(part.numel for part in parts) for parts in self.incoming]
-
-    def replace(self, gradients: Mapping[int, Tensor], update: Update) -> None:
-        """See :meth:`CutMatrices.replace`; gradients by the id of flat tensors."""
-        whole = [(matrix, part.of(gradients[id(part.flat)])) for matrix in self.whole for _, part in matrix.pieces]
-        if not self.cut:
-            _change(whole, update)
+        of_flat = {id(flat): gradient for flat, gradient in gradients.items()}
+        example = next(iter(gradients.values()))
+        matrices: dict[str, Tensor] = {}  # flattened, those that this rank changes
+        cut: list[str] = []
+        for name, pieces in self.pieces.items():
+            first, part = pieces[0]
+            if id(part.flat) not in of_flat:
+                continue
+            if any(rank != first for rank, _ in pieces):
+                cut.append(name)
+            elif self.owner[name] == self.rank:
+                matrices[name] = part.of(of_flat[id(part.flat)])
+        if not cut:
+            self._change(matrices, update)
             return
-        assembled = self._assemble(gradients)
-        _change([*whole, *((matrix, assembled[matrix.name]) for matrix in self.owned)], update)
-        self._give_back(assembled, gradients)
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.world_size)]  # by destination, which may be this rank
+        incoming: list[list[Tensor]] = [[] for _ in range(self.world_size)]  # by source
+        for name in cut:
+            owner = self.owner[name]
+            if owner == self.rank:
+                matrices[name] = example.new_empty(self.shapes[name].numel())
+            for holder, part in self.pieces[name]:
+                if holder == self.rank:
+                    outgoing[owner].append(part.of(of_flat[id(part.flat)]))
+                if owner == self.rank:
+                    incoming[holder].append(part.of_whole(matrices[name]))
+        _exchange(outgoing, incoming, example)
+        self._change(matrices, update)
+        _exchange(incoming, outgoing, example)
 
-    def _assemble(self, gradients: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """The whole matrices that this rank owns, flattened, from all ranks' pieces."""
-        example = next(iter(gradients.values()))
-        leaving = [part.of(gradients[id(part.flat)]) for parts in self.outgoing for part in parts]
-        arriving = [part for parts in self.incoming for part in parts]
-        received = example.new_empty(sum(self.received_from))
-        sent = torch.cat([*leaving, example.new_empty(0)])
-        dist.all_to_all_single(received, sent, self.received_from, self.sent_to)
-        matrices = {matrix.name: example.new_empty(matrix.shape.numel()) for matrix in self.owned}
-        for part, place in zip(arriving, received.split([part.numel for part in arriving]), strict=True):
-            part.of_whole(matrices[part.name]).copy_(place)
-        return matrices
-
-    def _give_back(self, matrices: Mapping[str, Tensor], gradients: Mapping[int, Tensor]) -> None:
-        """Sends the pieces of the changed matrices back to where they came from."""
-        example = next(iter(gradients.values()))
-        returning = [part.of_whole(matrices[part.name]) for parts in self.incoming for part in parts]
-        places = [part.of(gradients[id(part.flat)]) for parts in self.outgoing for part in parts]
-        received = example.new_empty(sum(self.sent_to))
-        sent = torch.cat([*returning, example.new_empty(0)])
-        dist.all_to_all_single(received, sent, self.sent_to, self.received_from)
-        for place, values in zip(places, received.split([place.numel() for place in places]), strict=True):
-            place.copy_(values)
+    def _change(self, matrices: Mapping[str, Tensor], update: Update) -> None:
+        """Updates matrices in stacks of one shape."""
+        alike: dict[torch.Size, list[str]] = {}
+        for name in matrices:
+            alike.setdefault(self.shapes[name], []).append(name)
+        for shape, names in alike.items():
+            count = matrices_at_once(shape, on_gpu=matrices[names[0]].is_cuda)
+            for start in range(0, len(names), count):
+                together = names[start : start + count]
+                values = [matrices[name].view(shape) for name in together]
+                stack = torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0)
+                for matrix, changed in zip(values, update(stack, together), strict=True):
+                    matrix.copy_(changed)
 
 
-def _change(matrices: Iterable[tuple[Placed, Tensor]], update: Update) -> None:
-    """Updates matrices, which come flattened, in stacks of one shape."""
-    alike: dict[torch.Size, list[tuple[str, Tensor]]] = {}
-    for placed, flat in matrices:
-        alike.setdefault(placed.shape, []).append((placed.name, flat.view(placed.shape)))
-    for shape, members in alike.items():
-        count = matrices_at_once(shape, on_gpu=members[0][1].is_cuda)
-        for start in range(0, len(members), count):
-            names, values = zip(*members[start : start + count], strict=True)
-            stack = torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0)
-            for matrix, changed in zip(values, update(stack, names), strict=True):
-                matrix.copy_(changed)
+def _exchange(sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]], example: Tensor) -> None:
+    """Sends the sources for each rank there, and fills the targets for each rank with what comes; a collective."""
+    sent, received = ([sum(part.numel() for part in parts) for parts in of_ranks] for of_ranks in (sources, targets))
+    arrived = example.new_empty(sum(received))
+    leaving = torch.cat([*itertools.chain(*sources), example.new_empty(0)])
+    dist.all_to_all_single(arrived, leaving, received, sent)
+    places = list(itertools.chain(*targets))
+    for place, values in zip(places, arrived.split([place.numel() for place in places]), strict=True):
+        place.copy_(values)
 
 
 def _owners(held: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> dict[str, int]:

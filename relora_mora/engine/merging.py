@@ -30,6 +30,10 @@ class MergeError(RuntimeError):
     same_on_all_ranks = True
 
 
+def _error(step: int, problem: str) -> MergeError:
+    return MergeError(f"step {step}: {problem}, go back to an earlier checkpoint")
+
+
 @dataclass(frozen=True, repr=False)
 class MergeRecord:
     """The results of one merge. The dictionaries have a value for each kind of projection, such as ``q_proj``."""
@@ -144,10 +148,8 @@ class Merger:
         squares = dict(zip(self.layers, norms.tolist(), strict=True))
         overflowed = [name for name, square in squares.items() if not math.isfinite(square)]
         if overflowed:
-            raise MergeError(
-                f"step {step}: the delta of {', '.join(overflowed[:3])} is too large for float32; "
-                "nothing of this merge was saved, go back to an earlier checkpoint"
-            )
+            too_large = f"the delta of {', '.join(overflowed[:3])} is too large for float32"
+            raise _error(step, f"{too_large}; nothing of this merge was saved")
         zeroed = self._reset_masters(merges_done)
         used = {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
         self.set_operator(next_operator)
@@ -155,10 +157,8 @@ class Merger:
         self._reset_state(merges_done, used)
         self.engine.refresh()
         if zeroed != self.elements:
-            raise MergeError(
-                f"step {step}: the merge reset only {zeroed} of {self.elements} adapter elements; "
-                "nothing of it was saved, go back to an earlier checkpoint"
-            )
+            reset = f"the merge reset only {zeroed} of {self.elements} adapter elements"
+            raise _error(step, f"{reset}; nothing of it was saved")
         return MergeRecord(
             layers=len(squares),
             zeroed=zeroed,
@@ -174,15 +174,10 @@ class Merger:
         held, broken = self.engine.held(names)
         held //= self.engine.copies
         if held != self.elements:
-            raise MergeError(
-                f"step {step}: the ranks hold {held} adapter elements, expected {self.elements}; "
-                "nothing was merged, go back to an earlier checkpoint"
-            )
+            problem = f"the ranks hold {held} adapter elements, expected {self.elements}"
+            raise _error(step, f"{problem}; nothing was merged")
         if broken:
-            raise MergeError(
-                f"step {step}: the delta to merge is not finite ({', '.join(broken[:3])}); "
-                "nothing was merged, go back to an earlier checkpoint"
-            )
+            raise _error(step, f"the delta to merge is not finite ({', '.join(broken[:3])}); nothing was merged")
 
     def _merge_layer(self, name: str) -> Tensor:
         """Adds the delta of a layer to its base, and returns its squared norm [] on the owner, or zero elsewhere."""

@@ -4,71 +4,91 @@ A merge works on whole float32 values by name. An engine knows where they are: i
 of DDP, in the shards of FSDP2, or in the flat partitions of DeepSpeed's ZeRO stages.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """The trainable parameters, their optimizer state and the frozen weights of ``lm``, by their names in it.
 
-    Most methods are collectives: every rank calls all of them in the same order.
+    Most methods are collectives: every rank of ``group`` calls all of them in the same order.
     """
 
-    @property
-    def lm(self) -> nn.Module: ...
+    lm: nn.Module
+    group: Any = None
+    rank: int
+    world_size: int
+    copies: int  # how many ranks hold each element of a trainable parameter
+    device: torch.device
+    shapes: Mapping[str, torch.Size]  # of the whole parameters
 
-    @property
-    def rank(self) -> int: ...
+    @abstractmethod
+    def parts(self, name: str, key: str | None = None) -> list[Tensor]:
+        """The elements of a trainable parameter, or of its moment ``key``, that this rank holds."""
 
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def copies(self) -> int:
-        """How many ranks hold each element of a trainable parameter."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def shapes(self) -> Mapping[str, torch.Size]:
-        """The shapes of the whole parameters."""
-
+    @abstractmethod
     def moments_of(self, name: str) -> Sequence[str]:
         """The names of a trainable parameter's optimizer state that has one value per element."""
 
-    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
-        """How many elements of these parameters all ranks hold together, and which have values that are not finite."""
-
+    @abstractmethod
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
         """The whole float32 value of a trainable parameter, or of its moment ``key``.
 
         With ``to``, only that rank gets the value; what the others get is undefined.
         """
 
+    @abstractmethod
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
         """Sets a trainable parameter, or its moment, from the whole value; returns how many elements this rank wrote.
 
         The model computes with the new value after :meth:`refresh`.
         """
 
+    @abstractmethod
     def read_weight(self, name: str) -> Tensor:
         """A whole parameter as the model has it, on every rank; a collective if it is sharded."""
 
+    @abstractmethod
     def is_whole(self, name: str) -> bool:
         """Whether every rank has the whole parameter."""
 
+    @abstractmethod
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
         """Sets a frozen weight on all ranks from its owner's float32 value."""
 
+    @abstractmethod
     def clear_state(self, names: Set[str]) -> None:
         """Resets the optimizer state of these parameters, as in a new optimizer."""
 
+    @abstractmethod
     def refresh(self) -> None:
         """Makes the model compute with the values of :meth:`scatter`."""
 
+    @torch.no_grad()
+    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
+        """How many elements of these parameters all ranks hold together, and which have values that are not finite.
+
+        The host waits for the device once.
+        """
+        counts = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
+        for index, name in enumerate(names, start=1):
+            for part in self.parts(name):
+                counts[0] += part.numel()
+                counts[index] += ~part.isfinite().all()
+        elements, *bad = self.all_reduce(counts).tolist()
+        return int(elements), [name for name, count in zip(names, bad, strict=True) if count]
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in host memory; ``values`` is overwritten."""
+        if self.world_size > 1:
+            distributed.all_reduce(values, group=self.group)
+        return values.cpu()
+
+    def broadcast(self, value: Tensor, src: int) -> None:
+        """Copies the value of rank ``src`` to every rank, in place; a collective."""
+        if self.world_size > 1:
+            distributed.broadcast(value, group=self.group, group_src=src)

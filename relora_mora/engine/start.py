@@ -12,11 +12,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import cuda_accelerator
+from deepspeed.runtime import compiler
+from deepspeed.runtime.zero import utils as zero_utils
 
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.join import backend_name, join
-from relora_mora.engine.internals import compiler, cuda_accelerator, zero_utils
 from relora_mora.system.hardware import uses_cuda
 
 

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from relora_mora.engine.protocol import Engine
+
 STARTS_AT_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
-class TorchState:
-    """What ``optimizer`` trains of ``lm``: a :class:`relora_mora.engine.protocol.Engine`.
+class TorchState(Engine):
+    """What ``optimizer`` trains of ``lm``.
 
     All ranks of ``group`` train the same model. Its parameters are plain tensors, which every rank has (one process,
     DDP), or DTensors (``fully_shard``). ``names`` are the parameters to merge and reset.
@@ -88,35 +90,29 @@ class TorchState:
             restart_state(self.optimizer, self.parameters[name])
         restart_counts(self.optimizer, {id(self.parameters[name]) for name in names})
 
-    @torch.no_grad()
-    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
-        local = [_local(self.parameters[name]) for name in names]
-        bad = torch.stack([~part.isfinite().all() for part in local]).double()
-        counts = torch.cat([bad.new_tensor([sum(part.numel() for part in local)]), bad])
-        elements, *of_names = self.all_reduce(counts).tolist()
-        return int(elements), [name for name, count in zip(names, of_names, strict=True) if count]
+    def parts(self, name: str, key: str | None = None) -> list[Tensor]:
+        return [_local(self._tensor(name, key))]
+
+    def _tensor(self, name: str, key: str | None) -> Tensor:
+        parameter = self.parameters[name]
+        moment: Tensor = parameter if key is None else self.optimizer.state[parameter][key]
+        return moment
 
     @torch.no_grad()
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
         """A whole parameter or its moment ``key``, in float32; a collective. All ranks get it."""
-        value = self.parameters[name] if key is None else self.optimizer.state[self.parameters[name]][key]
-        return self.whole(value).to(torch.float32, copy=True)
+        return _whole(self._tensor(name, key)).to(torch.float32, copy=True)
 
     @torch.no_grad()
     def read_weight(self, name: str) -> Tensor:
-        return self.whole(self.parameters[name])
+        return _whole(self.parameters[name])
 
     def is_whole(self, name: str) -> bool:
         return not isinstance(self.parameters[name], DTensor)
 
-    def whole(self, value: Tensor) -> Tensor:
-        """A tensor that may be sharded; a collective if it is."""
-        return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
-
     @torch.no_grad()
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
-        target = self.parameters[name] if key is None else self.optimizer.state[self.parameters[name]][key]
-        return _write(target, value.to(self.device).view(self.shapes[name]))
+        return _write(self._tensor(name, key), value.to(self.device).view(self.shapes[name]))
 
     @torch.no_grad()
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
@@ -125,14 +121,8 @@ class TorchState:
         if self.rank == owner:
             assert value is not None
             rounded.copy_(value)
-        if self.world_size > 1:
-            distributed.broadcast(rounded, group=self.group, group_src=owner)
+        self.broadcast(rounded, owner)
         _write(weight, rounded)
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        if self.world_size > 1:
-            distributed.all_reduce(values, group=self.group)
-        return values.cpu()
 
     def refresh(self) -> None:
         """Nothing to do: the model computes with the values that the optimizer changes."""
@@ -188,6 +178,11 @@ def _is_joint(optimizer: torch.optim.Optimizer) -> bool:
     total = sum(parameter.numel() for parameter in trained)
     [state] = optimizer.state.values() if len(optimizer.state) == 1 < len(trained) else [{}]
     return any(isinstance(value, Tensor) and value.numel() == total for value in state.values())
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor that may be sharded; a collective if it is."""
+    return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
 
 
 def _local(value: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from relora_mora.engine.masters import OUTSIDE, stage_of
+from relora_mora.engine.masters import stage_of
 from relora_mora.engine.torch_state import moments_in, restart_counts, restart_state, whole_shapes
 from relora_mora.engine.zero_state import ZeroState
 
@@ -19,13 +19,7 @@ class UserZero(ZeroState):
     """
 
     def __init__(self, lm: nn.Module, zero: Any, names: Sequence[str]) -> None:
-        parameters = dict(lm.named_parameters())
-        moments: dict[str, tuple[str, ...]] = {name: () for name, p in parameters.items() if p.requires_grad}
-        moments[OUTSIDE] = ()
-        super().__init__(lm, zero, whole_shapes(lm), moments, parameters[names[0]].device, stage_of(zero))
-        self._check_groups(set(names))
-
-    def _check_groups(self, names: Set[str]) -> None:
+        super().__init__(lm, zero, whole_shapes(lm), stage_of(zero))
         held, _ = self.held(sorted(names))
         expected = sum(self.shapes[name].numel() for name in names)
         if held // self.copies != expected:
@@ -33,7 +27,7 @@ class UserZero(ZeroState):
                 f"DeepSpeed's optimizer trains {held // self.copies:,} of {expected:,} adapter elements; "
                 "call attach() before deepspeed.initialize(), and make the optimizer from parameter_groups()"
             )
-        flats = {id(flat) for flat in self.flats(names)}
+        flats = {id(flat) for flat in self.flats(set(names))}
         mixed = [part.name for part in self.fragments if id(part.flat) in flats and part.name not in names]
         if mixed:
             raise ValueError(
@@ -47,12 +41,8 @@ class UserZero(ZeroState):
         flats = [part.flat for part in self.fragments_of.get(name, self.fragments)]
         return moments_in(self.state_of(flats[0]), flats[0].shape) if flats else []
 
-    def state_of(self, flat: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.optimizer.state[flat]
-        return state
-
     @torch.no_grad()
-    def clear_state(self, names: Set[str] | None = None) -> None:
+    def clear_state(self, names: Set[str]) -> None:
         """See :func:`restart_state`; also zeroes a step count that the optimizer keeps for a whole group."""
         flats = self.flats(names)
         for flat in flats:

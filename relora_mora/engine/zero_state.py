@@ -1,6 +1,6 @@
 """Masters, optimizer state and frozen weights by name, however DeepSpeed has cut them: a view of its optimizer."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import deepspeed
@@ -11,31 +11,21 @@ from torch import Tensor, nn
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
-from relora_mora.optim.groups import state_of
+from relora_mora.engine.protocol import Engine
 
 
-class ZeroState:
-    """What DeepSpeed's optimizer ``zero`` holds of ``lm``: a :class:`relora_mora.engine.protocol.Engine`.
+class ZeroState(Engine):
+    """What DeepSpeed's optimizer ``zero`` holds of ``lm``: most of an engine.
 
-    ``moments`` has the names of the optimizer state of each trainable parameter. Resets, merges and checkpoints only
-    use the ``fragments``.
+    Resets, merges and checkpoints only use the ``fragments``. A subclass knows which moments there are.
     """
 
-    def __init__(
-        self,
-        lm: nn.Module,
-        zero: Any,
-        shapes: Mapping[str, torch.Size],
-        moments: Mapping[str, tuple[str, ...]],
-        device: torch.device,
-        stage: int,
-    ) -> None:
+    def __init__(self, lm: nn.Module, zero: Any, shapes: Mapping[str, torch.Size], stage: int) -> None:
         self.lm = lm
         self.zero = zero
         self.shapes = shapes
-        self.moments = moments
-        self.device = device
         self.stage = stage
+        self.device = next(lm.parameters()).device
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.copies = 1 if stage else self.world_size  # ranks that hold each element of a master
@@ -45,13 +35,10 @@ class ZeroState:
         self.fragments_of: dict[str, list[Fragment]] = {}
         for fragment in self.fragments:
             self.fragments_of.setdefault(fragment.name, []).append(fragment)
-        self._moments_of_flat = {id(part.flat): moments[part.name] for part in self.fragments}
 
     def fragments_of_rank(self, rank: int) -> list[Fragment]:
         """The fragments that a rank owns. Those of another rank refer to the flat tensors of this one."""
         return list(owned_fragments(self.zero, self.parameters, rank))
-
-    # ---- masters and optimizer state --------------------------------------------------------------------------
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -64,33 +51,14 @@ class ZeroState:
         parts = (part for part in self.fragments if names is None or part.name in names)
         return list({id(part.flat): part.flat for part in parts}.values())
 
-    def moments_of(self, name: str) -> Sequence[str]:
-        return self.moments[name]
+    def state_of(self, flat: Tensor) -> dict[str, Any]:
+        """The optimizer's moments and ``step`` of a flat master."""
+        state: dict[str, Any] = self.optimizer.state[flat]
+        return state
 
-    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Moments and ``step`` of a flat master. They are zeros if the optimizer has not created them yet."""
-        return state_of(self.optimizer, flat, self._moments_of_flat[id(flat)])
-
-    @torch.no_grad()
-    def clear_state(self, names: Set[str] | None = None) -> None:
-        """Zeroes the optimizer state of these parameters (default: of all): moments and step counts.
-
-        All other parameters must be in other groups of the optimizer: a flat master has one step count.
-        """
-        for flat in self.flats(names):
-            for value in self.state_of(flat).values():
-                value.zero_()
-
-    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
-        """See the protocol. The host waits for the device once."""
-        number = {name: index for index, name in enumerate(names, start=1)}
-        counts = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
-        for part in self.fragments:
-            if part.name in number:
-                counts[0] += part.numel
-                counts[number[part.name]] += ~part.of(part.flat).isfinite().all()
-        elements, *bad = self.all_reduce(counts).tolist()
-        return int(elements), [name for name, count in zip(names, bad, strict=True) if count]
+    def parts(self, name: str, key: str | None = None) -> list[Tensor]:
+        fragments = self.fragments_of.get(name, [])
+        return [part.of(part.flat if key is None else self.state_of(part.flat)[key]) for part in fragments]
 
     @torch.no_grad()
     def write_masters(self, values: Mapping[str, Tensor]) -> None:
@@ -101,13 +69,11 @@ class ZeroState:
 
     @torch.no_grad()
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
-        written = 0
-        for fragment in self.fragments_of.get(name, ()):
-            target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
-            piece = value.reshape(-1)[fragment.start : fragment.start + fragment.numel]
-            fragment.of(target).copy_(piece, non_blocking=True)  # does not wait if the value is in host memory
-            written += fragment.numel
-        return written
+        parts = self.parts(name, key)
+        for fragment, part in zip(self.fragments_of.get(name, []), parts, strict=True):
+            # does not wait if the value is in host memory
+            part.copy_(fragment.of_whole(value.reshape(-1)), non_blocking=True)
+        return sum(part.numel() for part in parts)
 
     def refresh(self) -> None:
         """Updates the parameters from the masters."""
@@ -116,12 +82,11 @@ class ZeroState:
 
     @torch.no_grad()
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
-        """See the protocol. The masters of frozen weights are in ``FrozenMasters`` (engine/merging.py)."""
-        assert name in self.moments, f"{name} is frozen"
+        """See the base class. The masters of frozen weights are in ``FrozenMasters`` (engine/merging.py)."""
+        assert self.parameters[name].requires_grad, f"{name} is frozen"
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
-        for fragment in self.fragments_of.get(name, ()):
-            source = fragment.flat if key is None else self.state_of(fragment.flat)[key]
-            whole[fragment.start : fragment.start + fragment.numel] = fragment.of(source)
+        for fragment, part in zip(self.fragments_of.get(name, []), self.parts(name, key), strict=True):
+            fragment.of_whole(whole).copy_(part)
         if self.world_size > 1 and self.stage > 0:
             # every element has one owner, and adding the zeros of the other ranks keeps its bits
             if to is None:
@@ -129,18 +94,6 @@ class ZeroState:
             else:
                 dist.reduce(whole, dst=to)
         return whole.view(self.shapes[name])
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values.cpu()
-
-    def broadcast(self, value: Tensor, src: int) -> None:
-        """Copies the value of rank ``src`` to every rank, in place; a collective."""
-        if self.world_size > 1:
-            dist.broadcast(value, src=src)
-
-    # ---- frozen weights ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def read_weight(self, name: str) -> Tensor:
@@ -158,16 +111,12 @@ class ZeroState:
         stored = self.layers[name].stored if name in self.layers else PLAIN
         if value is not None and stored != PLAIN:
             value = stored.encode(value.to(self.device))
-        if self.stage == 3:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
-                if self.rank == owner:
-                    assert value is not None
-                    parameter.data.copy_(value)
-            return
-        if self.rank == owner:
-            assert value is not None
-            parameter.data.copy_(value)
-        self.broadcast(parameter.data, owner)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner, enabled=self.stage == 3):
+            if self.rank == owner:
+                assert value is not None
+                parameter.data.copy_(value)
+        if self.stage < 3:
+            self.broadcast(parameter.data, owner)
 
     def drop_merged(self) -> None:
         """Drops every ``W + delta`` of the resident layers; call it before their values change."""

@@ -53,7 +53,7 @@ class ParameterGroup:
 ReplaceMatrices = Callable[[Mapping[Tensor, Tensor], Callable[[Tensor, Sequence[str]], Tensor]], None]
 
 
-def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
+def create_state(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
     """The moments of a flat tensor and Adam's ``step`` count; creates zeros for those that do not exist yet."""
     state: dict[str, Tensor] = optimizer.state[flat]
     for key in moments:
@@ -167,7 +167,7 @@ class MatrixAdamW(torch.optim.AdamW):
         if not rates:
             return
         for flat, group in rates.items():
-            rule.update_moments(flat.grad, state_of(self, flat, group["moments"]))
+            rule.update_moments(flat.grad, create_state(self, flat, group["moments"]))
 
         def update(stack: Tensor, names: Sequence[str]) -> Tensor:
             return rule.update_stack(stack, [self.states[name] for name in names])

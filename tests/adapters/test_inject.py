@@ -1,17 +1,14 @@
 """Injected adapters: the model's output does not change at first, and exactly the method's parameters train."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import nn
 
-from relora_mora.adapters.inject import decoder_linears, inject
+from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
 from relora_mora.model.causal import build_model
-from relora_mora.operators import square_size
 from relora_mora.optim.groups import parameter_groups, set_trainable
 from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.each import each
@@ -40,32 +37,14 @@ def test_trainable_is_exactly_what_the_method_says(method):
     assert bool(adapters) == (method != "full")
     groups = parameter_groups(model, config.optim)
     assert sorted(name for group in groups for name in group.parameters) == sorted(trains)
-    assert {group.name: group.weight_decay for group in groups}.pop("norms") == 0.0
-    assert {group.weight_decay for group in groups if group.name != "norms"} == {0.1}
-    rates = {group.name: group.peak_lr for group in groups}
-    assert rates.pop("linears" if method == "full" else "adapters") == config.optim.lr
-    assert set(rates.values()) == {config.optim.lr_other}
+    main = "linears" if method == "full" else "adapters"
+    for group in groups:
+        assert group.weight_decay == (0.0 if group.name == "norms" else 0.1)
+        assert group.peak_lr == (config.optim.lr if group.name == main else config.optim.lr_other)
     ids = torch.arange(12).view(1, 12)
     model(input_ids=ids, labels=ids).loss.backward()
     for _, layer in adapter_layers(model):  # if A and B both started at zero, all gradients would stay zero
         assert any(layer.get_parameter(name).grad.any() for name in layer.adapter_names)
-
-
-@each("method", ["lora", "mora"])
-def test_a_projection_may_have_a_rank_of_its_own(method):
-    config = tiny_config(method={"name": method, "rank": 3, "rank_pattern": {"down_proj": 5}})
-    model = build_model(tiny_llama(), seed=0)
-    inject(model, config.method, seed=0)
-    linears = [(name.rpartition(".")[2], layer) for name, layer in decoder_linears(build_model(tiny_llama(), seed=0))]
-    shapes = {kind: (layer.in_features, layer.out_features) for kind, layer in linears}
-    for name, layer in adapter_layers(model):
-        kind = name.rpartition(".")[2]
-        rank = 5 if kind == "down_proj" else 3
-        if method == "lora":
-            assert layer.lora_A.shape == (rank, shapes[kind][0])
-            assert layer.lora_B.shape == (shapes[kind][1], rank)
-        else:
-            assert layer.mora_M.shape == (square_size(*shapes[kind], rank),) * 2
 
 
 @each(

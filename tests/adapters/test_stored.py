@@ -1,9 +1,6 @@
 """Adapter layers with a frozen weight in 8 bits: values and gradients against float64 with the same rounding."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -143,63 +140,32 @@ def test_there_are_no_second_derivatives(form):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
-# base, form, bf16, capability of the GPU (None: a CPU), AVX512-VNNI: whether products are in 8 bits
+# base, form, bf16, capability of the GPU (None: a CPU), AVX512-VNNI; whether products are faster in 8 bits, and refused
 MACHINES = [
-    ("int8", "auto", True, None, True, True),
-    ("int8", "auto", True, None, False, False),
-    ("int8", "decoupled", False, None, True, True),
-    ("int8", "merged", True, None, True, False),
-    ("int8", "resident", True, None, False, True),
-    ("fp8", "auto", True, None, True, False),
-    ("int8", "auto", True, (7, 5), True, False),
-    ("int8", "auto", False, (8, 0), False, True),
-    ("fp8", "auto", True, (8, 6), True, False),
-    ("fp8", "auto", True, (8, 9), False, True),
-    ("fp8", "auto", True, (10, 0), False, True),
-    ("fp8", "auto", False, (9, 0), True, False),
+    ("int8", "auto", True, None, True, True, False),
+    ("int8", "auto", True, None, False, False, False),
+    ("int8", "merged", True, None, True, False, False),
+    ("int8", "resident", True, None, False, True, False),
+    ("fp8", "auto", True, None, True, False, False),
+    ("int8", "auto", True, (7, 5), True, False, True),
+    ("int8", "auto", False, (8, 0), False, True, False),
+    ("fp8", "auto", True, (8, 6), True, False, True),
+    ("fp8", "auto", True, (8, 9), False, True, False),
+    ("fp8", "auto", True, (10, 0), False, True, False),
+    ("fp8", "auto", False, (9, 0), True, False, True),
 ]
 
 
-@each(("base", "form", "bf16", "capability", "vnni", "products"), MACHINES)
-def test_auto_multiplies_in_8_bits_if_that_is_faster(base, form, bf16, capability, vnni, products):
-    machine = {"bf16": bf16, "capability": capability, "vnni": vnni}
+@each("base,form,bf16,capability,vnni,faster,refused", MACHINES)
+def test_auto_multiplies_in_8_bits_if_that_is_faster_and_a_gpu_that_cannot_is_refused(
+    base, form, bf16, capability, vnni, faster, refused
+):
     method = MethodConfig(base=base, form=form)
-    chosen, reason = with_products(method, **machine)
-    assert chosen == method.model_copy(update={"base_products": products})
+    chosen, reason = with_products(method, bf16=bf16, capability=capability, vnni=vnni)
+    assert chosen == method.model_copy(update={"base_products": faster})
     assert reason
     for given in (True, False):
         explicit = method.model_copy(update={"base_products": given})
-        assert with_products(explicit, **machine) == (explicit, None)
-    assert with_products(MethodConfig(), **machine) == (MethodConfig(), None)
-
-
-@each(
-    "base,bf16,capability,refused",
-    [
-        ("int8", False, (7, 5), True),
-        ("int8", False, (8, 0), False),
-        ("fp8", True, (8, 6), True),
-        ("fp8", True, (8, 9), False),
-        ("fp8", False, (8, 9), True),
-        ("fp8", False, None, False),
-    ],
-)
-def test_a_gpu_that_cannot_multiply_as_asked_is_refused(base, bf16, capability, refused):
-    method = MethodConfig(base=base, base_products=True)
-    with pytest.raises(ConfigError, match=r"method\.base") if refused else nullcontext():
-        check_device(method, bf16=bf16, capability=capability)
-    check_device(method.model_copy(update={"base_products": False}), bf16=bf16, capability=capability)
-
-
-def test_dropout_trains_in_decoupled_form():
-    layer = _layer("mora", "auto", _eight("int8"))
-    layer.dropout = 0.5
-    layer.resident = True
-    x, _ = _inputs()
-    torch.manual_seed(0)
-    first: Any = layer(x)
-    second = layer(x)
-    assert not torch.equal(first, second)
-    layer.eval()
-    layer.keep_merged()
-    assert torch.equal(layer(x), layer(x))
+        assert with_products(explicit, bf16=bf16, capability=capability, vnni=vnni) == (explicit, None)
+        with pytest.raises(ConfigError, match=r"method\.base") if refused and given else nullcontext():
+            check_device(explicit, bf16=bf16, capability=capability)

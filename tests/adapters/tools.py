@@ -1,7 +1,5 @@
 """Builds a layer of any kind in each of its forms."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

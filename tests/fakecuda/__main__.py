@@ -6,8 +6,6 @@ The environment, 5.3 GB, is made at the first call, which takes two minutes with
 be made, the command is not run; the last line says "skipped" and why, and the exit code is 0.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

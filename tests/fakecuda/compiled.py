@@ -3,8 +3,6 @@
 They are launched on a device that does nothing. Run by ``make test-fakecuda``.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path
@@ -145,13 +143,6 @@ def test_launches_of_one_shape_share_a_kernel() -> None:
         assert group_sum(x, grouping).shape == (*shape, 448)
     assert len(triton_launch._compiled) == 1
     assert group_sum(on_device(0, 768), grouping).shape == (0, 448)
-
-
-def test_products_are_added_without_rounding_for_any_default_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
-    group_sum(on_device(8, 768), operator_of(1, (768, 768)).padded_inputs)
-    [launched] = triton_launch._compiled.values()
-    assert launched.metadata.enable_fp_fusion
 
 
 def test_an_older_gpu_uses_the_operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,11 @@ train.deterministic takes other kernels of torch.
 Run by ``make test-fakecuda``.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relora_mora.distributed.join import bind_device
@@ -20,7 +17,6 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.fakecuda.watch import Watch
 from tests.tools.helpers import arithmetic_put_back
 from tests.tools.jobs import Job, write_config
-from tests.tools.pool import Pools
 from tests.tools.runs import logged_values, run_config, write_inputs
 
 
@@ -58,18 +54,3 @@ def test_a_deterministic_run_takes_flash_attention(deterministic: bool, kernel: 
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
     name = f"_scaled_dot_product_{kernel}_attention"
     assert {launch for launch in watch.launches if "attention" in launch} == {name, f"{name}_backward"}
-
-
-def backend_and_device() -> tuple[str, str]:
-    device = torch.device("cuda", torch.cuda.current_device())
-    backend = dist.distributed_c10d._get_default_group()._get_backend(device)
-    return type(backend).__name__, str(device)
-
-
-def test_workers_of_a_pool_on_gpus_join_over_nccl() -> None:
-    """Those of tests/gpu."""
-    pools = Pools("cuda")
-    try:
-        assert pools(1)(backend_and_device) == [("ProcessGroupNCCL", "cuda:0")]
-    finally:
-        pools.close()

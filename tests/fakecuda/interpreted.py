@@ -3,8 +3,6 @@
 The interpreter truncates float32 to bfloat16, and a GPU rounds it; values that are exact in bfloat16 do not change.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -30,19 +28,7 @@ from tests.tools import kernels as shared
 integers = functools.partial(shared.integers, bound=100)
 GROUPINGS = [interleaved, wrapped_interleaved, contiguous]
 # whole and broken groups, slots than features, powers of two, more than a block of slots and of repeats
-SIZES = [
-    (64, 16),
-    (61, 16),
-    (7, 19),
-    (5, 5),
-    (1, 1),
-    (9, 1),
-    (130, 16),
-    (768, 443),
-    (2560, 652),
-    (2048, 724),
-    (5461, 980),
-]
+SIZES = [(64, 16), (61, 16), (7, 19), (5, 5), (1, 1), (9, 1), (130, 16), (768, 443), (2560, 652), (5461, 980)]
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,6 @@
 Prints the table that ``counts.csv`` holds; ``make count-fakecuda`` runs it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import csv
@@ -36,22 +34,16 @@ from tests.tools.helpers import ROOT
 SEQUENCES, LENGTH = 16, 512
 MODELS = ("llama_250m", "llama_1_3b")
 INT8: dict[str, Any] = {"base": "int8", "base_products": True}
-FP8: dict[str, Any] = {"base": "fp8", "base_products": True}
 METHODS = {
     "frozen": MethodConfig(name="full"),  # the linears do not train: what is left when an adapter costs nothing
     "full": MethodConfig(name="full"),
     "remora operator 1": MethodConfig(name="remora", operators=[1]),
-    "remora operator 2": MethodConfig(name="remora", operators=[2]),
     "remora operator 1 resident": MethodConfig(name="remora", operators=[1], form="resident"),
-    "remora operator 2 resident": MethodConfig(name="remora", operators=[2], form="resident"),
     "remora operator 1 int8": MethodConfig(name="remora", operators=[1], form="decoupled", **INT8),
     "remora operator 1 int8 resident": MethodConfig(name="remora", operators=[1], form="resident", **INT8),
-    "remora operator 1 fp8 resident": MethodConfig(name="remora", operators=[1], form="resident", **FP8),
     "relora": MethodConfig(name="relora"),
     "relora resident": MethodConfig(name="relora", form="resident"),
-    "relora int8": MethodConfig(name="relora", form="decoupled", **INT8),
     "relora int8 resident": MethodConfig(name="relora", form="resident", **INT8),
-    "relora fp8 resident": MethodConfig(name="relora", form="resident", **FP8),
 }
 # folding constants looks at values, padding of products is decided by timing them, a program in a cache is not written
 NOTHING_RUNS = {"joint_graph_constant_folding": False, "shape_padding": False, "force_disable_caches": True}
@@ -98,8 +90,8 @@ def model_with(
     return LossModel(lm, passes_boundaries=True)
 
 
-def eager(name: str, method: str, *, documents: bool = False) -> Counts:
-    """Two layers less one, so that embeddings and head drop out; with ``documents`` attention stays inside these."""
+def eager(name: str, method: str) -> Counts:
+    """Two layers less one, so that embeddings and head drop out."""
     watches = []
     kept = []
     for layers in (1, 2):
@@ -107,7 +99,7 @@ def eager(name: str, method: str, *, documents: bool = False) -> Counts:
         model = model_with(name, method, layers, fake)
         saved = Kept(model)
         with fake, Watch() as watch, saved:
-            _step(model, documents)
+            _step(model)
         watches.append(watch)
         kept.append(saved.bytes)
     one, two = watches
@@ -116,7 +108,7 @@ def eager(name: str, method: str, *, documents: bool = False) -> Counts:
     return Counts(name, method, "eager", launches, _mb(moved), 0, (kept[1] - kept[0]) >> 20)
 
 
-def compiled(name: str, method: str, *, documents: bool = False) -> Counts:
+def compiled(name: str, method: str) -> Counts:
     """What is in the programs that Inductor writes for a layer."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = model_with(name, method, 1, fake)
@@ -125,17 +117,16 @@ def compiled(name: str, method: str, *, documents: bool = False) -> Counts:
     for layer in model.lm.model.layers:
         layer.compile(backend=functools.partial(compile_fx, inner_compile=_count_into(programs)), fullgraph=True)
     with fake, torch._inductor.config.patch(NOTHING_RUNS):
-        _step(model, documents)
+        _step(model)
     launches = sum(program.launches for program in programs)
     moved = sum(program.bytes for program in programs)
     return Counts(name, method, "compiled", launches, _mb(moved), 0, max(program.kept for program in programs) >> 20)
 
 
-def _step(model: LossModel, documents: bool) -> None:
+def _step(model: LossModel) -> None:
     model.train()
     ids = torch.zeros(SEQUENCES, LENGTH, device="cuda", dtype=torch.long)
-    boundaries = torch.zeros(2 * SEQUENCES + 1, device="cuda", dtype=torch.int32) if documents else None
-    model(ids, ids, boundaries).backward()
+    model(ids, ids, None).backward()
 
 
 @dataclass(frozen=True)
@@ -219,10 +210,9 @@ def count_methods(name: str, how: str) -> list[Counts]:
     return [Counts(**asdict(row) | {"adapters_mb": row.moved_mb - found[0].moved_mb}) for row in found]
 
 
-def as_csv(rows: Sequence[Any]) -> str:
-    """A table of dataclasses of one kind."""
+def as_csv(rows: Sequence[Counts]) -> str:
     text = io.StringIO()
-    table = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
+    table = csv.DictWriter(text, [field.name for field in fields(Counts)], lineterminator="\n")
     table.writeheader()
     table.writerows(map(asdict, rows))
     return text.getvalue()

@@ -3,8 +3,6 @@
 Run by ``make test-fakecuda``.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

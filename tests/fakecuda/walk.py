@@ -4,14 +4,11 @@ waits for the device only as often as DeepSpeed makes it wait, once for the norm
 Run by ``make test-fakecuda``. Communication is torch's fake process group; numbers read back are 0.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -21,13 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
 from relora_mora.checkpoint.rank_files import snapshot
-from relora_mora.data.held_out import EvalSet
 from relora_mora.data.lanes import LaneStates
 from relora_mora.data.stream.packing import Batch
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
-from relora_mora.evaluation.loss import evaluate
-from relora_mora.model.causal import put_values
 from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups
 from relora_mora.train.loop.loop import micro_batches
 from tests.fakecuda.layers import model_with
@@ -88,7 +82,7 @@ METHODS = [
     [(stage, *case) for stage in STAGES for case in METHODS if stage < 3 or not case[0].endswith("resident")],
 )
 def test_a_step_stays_on_the_device(stage: int, method: str, matrices: str, others: str, fake: FakeTensorMode) -> None:
-    engine, watch = train_steps(stage, method, fake, bf16=True, matrices=matrices, others=others)
+    engine, watch = train_steps(stage, method, fake, matrices, others)
     trained = sum(parameter.requires_grad for parameter in engine.lm.parameters())
     assert len(watch.syncs) <= MOST_WAITS[stage] + (trained if stage == 0 else 0), watch.syncs
     tensors: dict[str, Tensor] = dict(engine.lm.named_parameters()) | dict(engine.lm.named_buffers())
@@ -171,27 +165,9 @@ def test_the_device_does_not_wait_for_a_batch(fake: FakeTensorMode, monkeypatch:
     assert watch.syncs == []
 
 
-def test_an_evaluation_waits_only_at_its_end(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    tokens = np.zeros((4, 17), dtype=np.int32)
-    data = EvalSet(tokens, np.ones((4, 16), dtype=bool), None, 64, "", documents=4, eos=0)
-    monkeypatch.setitem(data.__dict__, "predicted", 0)  # as numbers read back are
-    with fake, Watch() as watch:
-        result = evaluate(
-            lambda input_ids, labels, _: (input_ids + labels).float().mean(),
-            data,
-            micro_batch_size=2,
-            device=torch.device("cuda"),
-            all_sum=lambda totals: torch.zeros_like(totals, device="cpu"),  # which waits
-        )
-    assert result is not None
-    assert watch.launches["_to_copy"] >= 4
-    assert watch.syncs == []
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode) -> None:
-    engine, _ = train_steps(stage, "remora operator 1", fake, bf16=True)
+    engine, _ = train_steps(stage, "remora operator 1", fake)
     with fake, Watch() as watch:
         tensors = snapshot(engine)
     assert len(watch.syncs) == 1, watch.syncs
@@ -199,29 +175,18 @@ def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode
 
 
 def train_steps(
-    stage: int,
-    method: str,
-    fake: FakeTensorMode,
-    *,
-    bf16: bool,
-    matrices: str = "adamw",
-    others: str = "adamw",
-    **zero: bool,
+    stage: int, method: str, fake: FakeTensorMode, matrices: str = "adamw", others: str = "adamw"
 ) -> tuple[ZeroEngine, Watch]:
     """The engine, and what it did in the last step: DeepSpeed's timer, if it were on, would wait from the third on."""
-    precision = "bf16" if bf16 else "fp32"
-    train = {"zero_stage": stage, "precision": precision, "batch_size": 2 * RANKS * MICRO_BATCHES}
-    train |= {"deepspeed": {"zero_optimization": zero}}
+    train = {"zero_stage": stage, "precision": "bf16", "batch_size": 2 * RANKS * MICRO_BATCHES}
     config = tiny_config(RANKS, train=train, optim={"matrices": matrices, "others": others})
     module = model_with("llama_tiny", method, 2, fake)
     for _, layer in adapter_layers(module.lm):
         layer.drop_merged()  # the engine keeps them
     with fake, Watch() as watch:
-        if not bf16:
-            put_values(module.lm, {name: p.detach().float() for name, p in module.lm.named_parameters()})
         groups = parameter_groups(module.lm, config.optim)
         optimizer = build_optimizer(module.lm, groups, config.optim)
-        engine = ZeroEngine(module, module.lm, optimizer, config.train, clip=config.optim.clip, bf16=bf16)
+        engine = ZeroEngine(module, module.lm, optimizer, config.train, clip=config.optim.clip, bf16=True)
         ids = torch.zeros(2, 16, dtype=torch.long, device="cuda")
         boundaries = torch.zeros(5, dtype=torch.int32, device="cuda")
         engine.train()

@@ -1,12 +1,10 @@
 """What a program would have a CUDA device do, seen operation by operation on fake tensors."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import torch
@@ -44,7 +42,7 @@ class Watch(TorchDispatchMode):
         self.syncs: list[str] = []
         self._patches = contextlib.ExitStack()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         for owner in WAITS:
             wait = mock.patch.object(owner, "synchronize", lambda *_: self.syncs.append(f"{_place()} synchronize"))
             self._patches.enter_context(wait)

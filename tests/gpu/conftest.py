@@ -1,7 +1,5 @@
 """Fixtures with the names of those that the tests know, for the device that is tested: TEST_DEVICE, cuda or cpu."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

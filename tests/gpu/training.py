@@ -4,8 +4,6 @@ tests with other ``pools``.
 Run by ``make test-gpu``.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,9 @@ from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.engine.test_resets import (
     test_a_merge_changes_only_what_it_should,
-    test_reset_modes,
     test_the_base_is_exact_after_a_hundred_merges,
 )
-from tests.engine.test_resident import (
-    test_every_change_of_a_weight_drops_the_resident_one,
-    test_resident_layers_train_like_the_merged_form_and_build_once_a_step,
-)
+from tests.engine.test_resident import test_a_step_builds_each_weight_once_and_keeps_none_after_it
 from tests.engine.test_stages import test_a_nan_on_one_rank_stops_the_step_on_all
 from tests.gpu.conftest import DEVICE, gpu_only
 from tests.grid.test_lora import test_a_lora_run_trains_as_plain_torch_does_and_resumes_to_the_bit

@@ -1,7 +1,5 @@
 """The cases of the covering grid, and their settings."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Sequence
@@ -35,13 +33,13 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
 def is_valid(case: Case) -> bool:
     """Settings that a method or an optimizer does not use have one value."""
     method = METHODS[case["method"]]
-    keeps_state = case["matrices"] in ("adamw", "muon")
+    has_moments = case["matrices"] in ("adamw", "muon")
     return all(
         (
             method.adapter is not None or (case["base"] == "none" and case["form"] == "auto"),
             method.merges or case["reset"] == "full",
             case["reset"] != "carry" or case["method"] == "remora",
-            case["reset"] == "full" or keeps_state,
+            case["reset"] in ("full", "none") or has_moments,
             case["form"] != "resident" or case["stage"] < 3,
             method.adapter is not None or case["embeddings"] != "frozen",
             case["operator"] == 1 or (case["method"] in ("mora", "remora") and case["reset"] != "carry"),

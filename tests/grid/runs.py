@@ -1,7 +1,5 @@
 """A case of the covering grid: a whole run, which is compared with plain torch, stops, and resumes to the bit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
 from tests.grid.cases import STOPS, bound, choice, sections_of
 from tests.tools.grids import Case
-from tests.tools.reference import PlainRun, Tokens, model_config_of
+from tests.tools.reference import PlainRun, Tokens
 from tests.tools.runs import (
     checkpoint_at,
     copy_cut_at,
@@ -53,7 +51,7 @@ def compare(
     shares = pools(world)(trained, config, with_kernels=with_kernels)
     losses = logged_values(never)
     batches = [tuple(torch.cat(parts) for parts in zip(*each, strict=True)) for each in zip(*shares, strict=True)]
-    expected = PlainRun(config, model_config_of(config)).train(batches)
+    expected = PlainRun(config).train(batches)
     assert losses == pytest.approx(expected, rel=rel)
     copy_cut_at(never, resumed, stop)
     pools(world)(trained, make(resumed, checkpoint={"every_steps": 0}), with_kernels=with_kernels)

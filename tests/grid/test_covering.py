@@ -1,7 +1,5 @@
 """The covering grid has what it says."""
 
-from __future__ import annotations
-
 import itertools
 import random
 

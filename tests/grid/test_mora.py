@@ -1,7 +1,5 @@
 """Whole runs of MoRA: they train as plain torch does, and resume to the bit."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.grid.cases import cases_of

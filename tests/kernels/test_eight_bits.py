@@ -1,7 +1,5 @@
 """Rows in 8 bits and their products, against float64 and exact integers."""
 
-from __future__ import annotations
-
 from unittest import mock
 
 import pytest
@@ -9,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_mora.kernels import cpu, ops
+from relora_mora.kernels import ops
 from relora_mora.kernels.grouping import contiguous, wrapped_interleaved
 from relora_mora.kernels.ops import multiply_rows, quantize_rows
 from tests.tools.each import each
-from tests.tools.kernels import WITH_LIBRARY, compiled_only
+from tests.tools.kernels import WITH_LIBRARY, compiled_only, on_all_threads
 
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 KINDS = list(LARGEST)
@@ -114,17 +112,10 @@ def test_products_equal_float64_with_the_same_rounding(features, added, kind, dt
 def test_bits_do_not_depend_on_threads_or_instructions():
     x, weight = _rows(130, 700, torch.bfloat16), _rows(900, 700, torch.float32)
     weights, columns = quantize_rows(weight, torch.int8)
-    results = []
-    library = cpu.load()
-    threads = torch.get_num_threads()
-    try:
-        for best in range(cpu.BEST + 1):
-            library.remora_use(best)
-            for number in (1, 2, 5):
-                torch.set_num_threads(number)
-                values, rows = quantize_rows(x, torch.int8)
-                results.append(multiply_rows(values, rows, weights.mT, columns, x.dtype, contiguous(900, 900)))
-    finally:
-        library.remora_use(cpu.BEST)
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
+
+    def product() -> torch.Tensor:
+        values, rows = quantize_rows(x, torch.int8)
+        return multiply_rows(values, rows, weights.mT, columns, x.dtype, contiguous(900, 900))
+
+    first, *others = on_all_threads(product)
+    assert all(torch.equal(result, first) for result in others)

@@ -1,7 +1,5 @@
 """Compiled kernels against torch in float64: exact for exact sums, and the same bits for any number of threads."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
@@ -15,26 +13,13 @@ from relora_mora.kernels import cpu, cuda, grouping, ops
 from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrapped_interleaved
 from relora_mora.kernels.ops import expand_add, group_sum
 from tests.tools.each import each
-from tests.tools.kernels import WITH_LIBRARY, compiled_only, integers
+from tests.tools.kernels import WITH_LIBRARY, compiled_only, integers, on_all_threads
 
 GROUPINGS = [
     getattr(grouping, name) for name in sorted({name for record in OPERATORS.values() for name in record.groupings})
 ]
 # (features, slots): from one repeat to more than have specialized code, divisible and not, more slots than features
-SIZES = [
-    (64, 16),
-    (61, 16),
-    (7, 19),
-    (19, 19),
-    (768, 443),
-    (2048, 600),
-    (130, 25),
-    (131, 25),
-    (200, 31),
-    (97, 9),
-    (5000, 2),
-    (1, 1),
-]
+SIZES = [(64, 16), (61, 16), (7, 19), (19, 19), (768, 443), (2048, 600), (131, 25), (200, 31), (5000, 2), (1, 1)]
 
 
 def _contiguous_slot(feature: int, features: int, slots: int) -> int:
@@ -133,33 +118,18 @@ def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slot
 @compiled_only
 @each("dtype", [torch.bfloat16, torch.float32])
 @each("slots", [350, 200, 90, 40, 7])
-def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
-    x, M, weight = (
-        torch.randn(1000, 350).to(dtype),
-        torch.randn(slots, slots).to(dtype),
-        torch.randn(800, 350).to(dtype),
-    )
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads, instructions in ((1, 2), (2, 2), (5, 2), (1, 1), (1, 0)):
-            torch.set_num_threads(threads)
-            cpu.load().remora_use(instructions)
-            for inputs, outputs in ((wrapped_interleaved, contiguous), (contiguous, interleaved)):
-                groupings = inputs(350, slots), outputs(800, slots)
-                results.append((group_sum(x, groupings[0]), expand_add(weight, M, *groupings)))
-    finally:
-        torch.set_num_threads(before)
-        cpu.load().remora_use(cpu.BEST)
-    for index, (total, matrix) in enumerate(results):
-        assert torch.equal(total, results[index % 2][0])
-        assert torch.equal(matrix, results[index % 2][1])
+@each("inputs,outputs", [(wrapped_interleaved, contiguous), (contiguous, interleaved)])
+def test_threads_and_instruction_sets_change_no_bit(inputs, outputs, slots, dtype):
+    x, M, weight = (torch.randn(*shape).to(dtype) for shape in ((1000, 350), (slots, slots), (800, 350)))
+    columns, rows = inputs(350, slots), outputs(800, slots)
+    (total, matrix), *others = on_all_threads(lambda: (group_sum(x, columns), expand_add(weight, M, columns, rows)))
+    assert all(torch.equal(other, total) and torch.equal(sums, matrix) for other, sums in others)
 
 
 @compiled_only
 def test_nonfinite_values_stay_nonfinite():
-    x = torch.tensor(
-        [[float("inf"), 1.0, float("nan"), 2.0, float("inf"), float("-inf"), 3.4e38, 3.4e38]], dtype=torch.bfloat16
-    )
+    inf = float("inf")
+    x = torch.tensor([[inf, 1.0, float("nan"), 2.0, inf, -inf, 3.4e38, 3.4e38]], dtype=torch.bfloat16)
     assert group_sum(x, contiguous(8, 4)).float().nan_to_num(7, 8, 9).tolist() == [[8, 7, 7, 8]]
 
 
@@ -187,11 +157,7 @@ def test_torch_compile_sees_through(library, monkeypatch):
     """The graph contains the kernels if there are some, and operations of torch otherwise."""
     monkeypatch.setattr(ops, "enabled", library)
     torch._dynamo.reset()
-    arguments = (
-        integers(3, 10, dtype=torch.float32),
-        integers(10, 10, dtype=torch.float32),
-        integers(4, 4, dtype=torch.float32),
-    )
+    arguments = integers(3, 10), integers(10, 10), integers(4, 4)
     graphs = []
 
     def backend(module, inputs):

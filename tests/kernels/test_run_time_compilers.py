@@ -1,7 +1,5 @@
 """What is reported if Triton or torch.compile cannot compile at run time."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import sysconfig
@@ -30,10 +28,8 @@ def with_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, *, compiler: bo
 def test_a_missing_compiler_is_reported(language, variable, compiler, monkeypatch, tmp_path):
     monkeypatch.delenv(variable, raising=False)
     with_compiler(monkeypatch, tmp_path, compiler=False, headers=True)
-    assert (
-        f"no {language} compiler ({compiler}) was found; install one, or name it in {variable}"
-        == missing_to_compile(language)
-    )
+    message = f"no {language} compiler ({compiler}) was found; install one, or name it in {variable}"
+    assert missing_to_compile(language) == message
     monkeypatch.setenv(variable, "mine")
     assert "compiler (mine)" in missing_to_compile(language)
     with_compiler(monkeypatch, tmp_path, compiler=True, headers=True)

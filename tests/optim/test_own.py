@@ -1,7 +1,5 @@
 """A rule of one's own: what is accepted, what is refused before anything is built, and what its state is."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -43,17 +41,9 @@ class Half(MatrixRule):
         return gradient / 2
 
 
-class Plain(Half):
-    def state_shapes(self, rows, columns):
-        return {}
-
-
 class Needs(Sign):
     def __init__(self, rank: int) -> None:
         self.rank = rank
-
-
-NUMBER = 3
 """
 
 
@@ -71,10 +61,7 @@ def _rule(spec: str, **settings: Any) -> MatrixRule:
 def test_a_rule_is_made_with_its_settings(file):
     rule: Any = _rule(f"{file}:Sign", momentum="0.5", betas=[1, 2])
     assert (rule.momentum, rule.betas) == (0.5, (1.0, 2.0))  # as its signature says
-    assert _rule(f"{file}:Sign").momentum == 0.9
     assert _rule(f"{file}:Needs", rank=3).rank == 3
-    assert _rule(f"{file}:Plain").state_shapes(2, 3) == {}
-    assert type(_rule(f"{file}:Sign")) is type(rule)
 
 
 def test_a_rule_of_a_module_that_can_be_imported(file, monkeypatch):
@@ -106,16 +93,12 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
     [
         ("none.py:Sign", {}, "optim.matrices", "FileNotFoundError"),
         ("sign.py:Other", {}, "optim.matrices", "expected a subclass"),
-        ("sign.py:NUMBER", {}, "optim.matrices", "expected a subclass"),
         ("sign.py:MatrixState", {}, "optim.matrices", "expected a subclass"),
         ("no_such_package.rules:Sign", {}, "optim.matrices", "ModuleNotFoundError"),
         ("broken.py:Sign", {}, "optim.matrices", "line 2"),
-        ("syntax.py:Sign", {}, "optim.matrices", "SyntaxError"),
         ("exits.py:Sign", {}, "optim.matrices", "SystemExit"),
         ("sign.py:Sign", {"momentun": 0.5}, "optim.rule", "momentun: Unexpected keyword argument; its constructor has"),
-        ("sign.py:Sign", {"momentum": "much"}, "optim.rule", "momentum: "),
         ("sign.py:Sign", {"momentum": 1.5}, "optim.rule", "momentum is below 1"),
-        ("sign.py:Plain", {"rank": 3}, "optim.rule", "its constructor has no arguments"),
         ("sign.py:Needs", {}, "optim.rule", "rank: Missing required argument"),
         ("sign.py:Half", {}, "optim.rule", "state_shapes"),
     ],
@@ -123,7 +106,6 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
 def test_what_is_not_a_rule_or_has_wrong_settings_is_refused(file, monkeypatch, spec, settings, setting, part):
     monkeypatch.chdir(file.parent)
     Path("broken.py").write_text("import math\nmath.sqrt(-1)\n")
-    Path("syntax.py").write_text("class Sign(:\n")
     Path("exits.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(RuleError) as caught:
         _rule(spec, **settings)
@@ -159,43 +141,34 @@ def test_a_file_is_found_next_to_the_settings(file, monkeypatch):
 
 
 class Given(MatrixRule):
-    """Returns what it is told to."""
+    """Has these shapes, and transposes what it is given."""
 
-    def __init__(self, shapes: Any, update: Any = None) -> None:
+    def __init__(self, shapes: Any) -> None:
         self.shapes = shapes
-        self.returned = update
 
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return self.shapes
 
     def update(self, gradient: Tensor, state: MatrixState) -> Tensor:
-        return self.returned
+        return gradient.mT
 
 
-@each("shapes", [{"a|b": (1,)}, {"master": (1,)}, {"base": ()}, {3: ()}, {"a": (1.5,)}, {"a": (-1,)}])
-def test_states_that_a_checkpoint_cannot_have_are_refused(shapes):
+@each("shapes", [{"a|b": (1,)}, {"master": (1,)}, {3: ()}, {"a": (1.5,)}, {"a": (-1,)}])
+def test_states_that_a_checkpoint_cannot_have_and_updates_of_another_shape_are_refused(shapes):
     with pytest.raises(ValueError, match=r"^optim\.matrices: Given\.state_shapes\(2, 3\)"):
         shapes_of(Given(shapes), 2, 3)
-
-
-def test_an_update_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"^optim\.matrices: Given\.update returned the shape \[3, 2\]"):
-        Given({}, torch.zeros(3, 2)).update_stack(torch.zeros(1, 2, 3), [MatrixState(0, {})])
+        Given({}).update_stack(torch.zeros(1, 2, 3), [MatrixState(0, {})])
 
 
 def test_an_assigned_state_is_copied_and_keeps_its_shape():
     state = MatrixState(7, {"average": (2, 3), "updates": ()})
     before = state["average"]
     state["average"] = torch.ones(2, 3, dtype=torch.float64)
-    state["updates"] += 1
     assert state["average"] is before
-    assert before.dtype == torch.float32
-    assert before.sum() == 6
-    assert int(state["updates"]) == 1
+    assert (before.dtype, before.sum()) == (torch.float32, 6)
     with pytest.raises(ValueError, match="average"):
         state["average"] = torch.ones(3)
-    with pytest.raises(KeyError):
-        state["other"] = torch.ones(3)
 
 
 def test_draws_depend_on_the_matrix_and_the_number_only():

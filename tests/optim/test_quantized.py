@@ -1,20 +1,14 @@
 """8-bit AdamW on whole matrices, compared with its formulas in float64 and with AdamW."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from launch.benchmark.measure import ByteTracker
 from relora_mora.config.optim import OptimConfig
-from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from relora_mora.optim import quantized
 from relora_mora.optim.quantized import AdamW8bit
 from relora_mora.optim.rules import MatrixState
@@ -33,22 +27,6 @@ def _state(rule: AdamW8bit, shape: tuple[int, int]) -> MatrixState:
 
 def _draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _adam(gradients: Iterable[Tensor], betas: tuple[float, float], eps: float = 1e-6) -> Iterable[Tensor]:
-    """The updates of torch's Adam at a rate of 1, in float64."""
-    weight = None
-    for gradient in gradients:
-        if weight is None:
-            weight = torch.nn.Parameter(torch.zeros_like(gradient, dtype=torch.float64))
-            optimizer = torch.optim.Adam([weight], lr=1.0, betas=betas, eps=eps)
-        before = weight.detach().clone()
-        weight.grad = gradient.double()
-        optimizer.step()
-        yield before - weight.detach()
-
-
-# ---- the formulas ---------------------------------------------------------------------------------------------------
 
 
 def _reference(
@@ -96,9 +74,6 @@ def test_blocks_divide_a_row(columns, block):
     assert _rule().state_shapes(9, columns)["exp_avg_scales"] == (9, columns // block)
 
 
-# ---- what they are for ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.more
 @pytest.mark.parametrize("betas,drift", [((0.9, 0.95), 0.03), ((0.9, 0.999), 0.08)])
 def test_updates_stay_close_to_adam(betas, drift):
@@ -108,31 +83,15 @@ def test_updates_stay_close_to_adam(betas, drift):
     state = _state(rule, shape)
     sizes = 30 ** -torch.rand(shape, generator=torch.Generator().manual_seed(0))
     gradients = [sizes * (0.3 + _draw(shape, step)) for step in range(steps)]
-    errors, walked, expected = [], torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
-    for gradient, update in zip(gradients, _adam(gradients, betas), strict=True):
-        found = rule.update(gradient.clone(), state)
-        errors.append(torch.linalg.vector_norm(found - update) / torch.linalg.vector_norm(update))
-        walked += found
-        expected += update
-    assert max(errors) < 0.12
-    assert torch.linalg.vector_norm(walked - expected) < drift * torch.linalg.vector_norm(expected)
-
-
-@pytest.mark.more
-def test_a_moment_that_changes_by_less_than_a_code_per_step_changes_at_the_right_rate():
-    """Half of the gradients become ten times smaller. With a beta of 0.999, a code of 255 changes by 0.13 per step."""
-    rule = _rule(betas=(0.9, 0.999))
-    state = _state(rule, (1, 64))
-    gradient = torch.ones(1, 64)
-    for step in range(1500):
-        if step == 500:
-            gradient[:, ::2] = 0.1
-        update = rule.update(gradient.clone(), state)
-    part = (1 - 0.999**500) * 0.999**1000
-    squares = torch.full((64,), 1 - 0.999**1500, dtype=torch.float64)
-    squares[::2] = part + 0.01 * (1 - 0.999**1000)
-    expected = gradient[0].double() / (squares / (1 - 0.999**1500)).sqrt()
-    assert torch.allclose(update[0].double(), expected, rtol=0.05)
+    ours, theirs = torch.zeros(shape), torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    adam = torch.optim.Adam([theirs], lr=1.0, betas=betas, eps=1e-6)
+    for gradient in gradients:
+        before, theirs.grad = theirs.detach().clone(), gradient.double()
+        adam.step()
+        found, expected = -rule.update(gradient.clone(), state), theirs.detach() - before
+        ours += found
+        assert (found - expected).norm() < 0.12 * expected.norm()
+    assert (ours - theirs).norm() < drift * theirs.norm()
 
 
 def test_no_element_makes_a_much_larger_step_than_the_largest_of_adam():
@@ -184,31 +143,3 @@ def test_workspace_bytes_are_what_an_update_allocates(shape):
     assert tracker.most - sum(tensor.nbytes for tensor in held) == pytest.approx(
         rule.workspace_bytes(*shape, on_gpu=False), rel=0.03
     )
-
-
-class MovedBytes(TorchDispatchMode):
-    """Counts the bytes that operations read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view:
-            sources = args[1:] if func is torch.ops.aten.copy_.default else args
-            read = {each.data_ptr(): each.nbytes for each in tree_leaves(sources) if isinstance(each, Tensor)}
-            self.total += sum(read.values()) + result.nbytes
-        return result
-
-
-def test_the_plan_knows_the_bytes_of_a_step():
-    rule = _rule()
-    shape = 64, 512
-    state = _state(rule, shape)
-    weight, gradient = _draw(shape, 0), _draw(shape, 1)
-    with MovedBytes() as moved:
-        update = rule.update(gradient, state)
-        weight.mul_(0.9).add_(update, alpha=-0.1)
-    planned = MATRIX_OPTIMIZERS["adamw8bit"].bytes_per_element
-    assert moved.total / weight.numel() == pytest.approx(planned, rel=0.02)

@@ -6,6 +6,7 @@ The exit code is 1 if a fault is not found any more.
 """
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -28,8 +29,6 @@ LIST = Path(__file__).with_name("faults.yaml")
 LAYERS = ("test", "all", None)  # make test, longer targets only, no test
 HANG_SECONDS = 300  # for a test that is known to find a fault
 LONGEST_SECONDS = 7200
-ANY_MARKER = ["-m", ""]  # also those that make test leaves out
-MAKE_TEST = ["-n", "3", "--dist", "loadfile"]
 
 Fault = dict[str, Any]
 
@@ -41,46 +40,36 @@ class Result(NamedTuple):
 
 
 def main() -> None:
-    options = arguments()
-    faults = read_faults()
-    chosen = choose(faults, options)
-    lost = []
-    with current() as checkout:
-        wrong = [fault["name"] for fault in faults if occurrences(fault, checkout) != 1]
-        if wrong:
-            raise SystemExit(f"{LIST}: change `find` to the code of today, or drop the fault: {', '.join(wrong)}")
-        check_tests_pass(checkout, chosen, options)
-        for fault in chosen:
-            before = fault["found_by"]
-            found_by = find(checkout, fault, options)
-            print(f"{fault['name']}: {found_by or 'not found'}", flush=True)
-            if before is not None and found_by is None:
-                lost.append(fault["name"])
-    print(f"{len(chosen)} faults, {len(lost)} of them lost")
-    if lost:
-        raise SystemExit(f"not found any more: {', '.join(lost)}; add a test, or find another one with --full")
-
-
-def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.power", description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", metavar="NAME", help="only this fault")
     parser.add_argument("--sample", metavar="N", type=int, help="N faults, drawn at random")
-    parser.add_argument("--seed", type=int, help="draws the same sample again")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tests", metavar="ARGUMENTS", help="of pytest, instead of the test that found a fault before")
-    which.add_argument("--full", action="store_true", help="all of make test, if that test does not find a fault")
-    return parser.parse_args()
-
-
-def choose(faults: Sequence[Fault], options: argparse.Namespace) -> list[Fault]:
-    chosen = [fault for fault in faults if options.only in (None, fault["name"])]
+    parser.add_argument("--tests", metavar="ARGUMENTS", help="of pytest, instead of the test that found a fault before")
+    options = parser.parse_args()
+    faults = read_faults()
+    wrong = [fault["name"] for fault in faults if occurrences(fault, ROOT) != 1]
+    if wrong:
+        raise SystemExit(f"{LIST}: change `find` to the code of today, or drop the fault: {', '.join(wrong)}")
+    chosen = [
+        fault for fault in faults if options.only in (None, fault["name"]) and (options.tests or fault["found_by"])
+    ]
     if not chosen:
-        raise SystemExit(f"--only={options.only}: no fault has this name; {LIST} has the names")
-    if options.sample is None:
-        return chosen
-    seed = random.randrange(10**6) if options.seed is None else options.seed
-    print(f"--sample={options.sample} --seed={seed}")
-    return random.Random(seed).sample(chosen, min(options.sample, len(chosen)))
+        raise SystemExit(f"--only={options.only}: no fault that a test finds has this name; {LIST} has the names")
+    if options.sample is not None:
+        chosen = random.sample(chosen, min(options.sample, len(chosen)))
+    tests = {fault["name"]: shlex.split(options.tests or f"-m '' '{fault['found_by']}'") for fault in chosen}
+    lost = []
+    with current() as checkout:
+        without_fault = run_tests(checkout, list(dict.fromkeys(itertools.chain(*tests.values()))))
+        if not without_fault.passed:
+            raise SystemExit(f"{without_fault.output}\nfailed without a fault: {', '.join(without_fault.failed)}")
+        for fault in chosen:
+            found_by = find(checkout, fault, tests[fault["name"]])
+            print(f"{fault['name']}: {found_by or 'not found'}", flush=True)
+            if found_by is None:
+                lost.append(fault["name"])
+    print(f"{len(chosen)} faults, {len(lost)} of them lost")
+    if lost:
+        raise SystemExit(f"not found any more: {', '.join(lost)}; add a test, or find another one with --tests")
 
 
 def read_faults() -> list[Fault]:
@@ -104,34 +93,18 @@ def current() -> Iterator[Path]:
         yield checkout
 
 
-def check_tests_pass(checkout: Path, faults: Sequence[Fault], options: argparse.Namespace) -> None:
-    """Runs all tests that are to find faults once without a fault."""
-    known = sorted({fault["found_by"] for fault in faults} - {None})
-    tests = shlex.split(options.tests) if options.tests else MAKE_TEST if options.full else [*ANY_MARKER, *known]
-    if not (options.tests or options.full or known):
-        return
-    result = run_tests(checkout, tests)
-    if not result.passed:
-        raise SystemExit(f"{result.output}\nfailed without a fault: {', '.join(result.failed) or shlex.join(tests)}")
-
-
-def find(checkout: Path, fault: Fault, options: argparse.Namespace) -> str | None:
+def find(checkout: Path, fault: Fault, tests: Sequence[str]) -> str | None:
     """The first test that fails with a fault; None if all of them pass."""
-    trials = [[*ANY_MARKER, fault["found_by"]]] if fault["found_by"] else []
-    trials += [MAKE_TEST] if options.full else []
     path = checkout / fault["file"]
     before = path.read_text(encoding="utf-8")
     path.write_text(before.replace(fault["find"], fault["replace"]), encoding="utf-8")
     try:
-        for tests in [shlex.split(options.tests)] if options.tests else trials:
-            result = run_tests(checkout, tests, HANG_SECONDS if fault["found_by"] in tests else LONGEST_SECONDS)
-            if result.failed:
-                return result.failed[0]
-            if not result.passed:
-                raise SystemExit(f"{result.output}\n{fault['name']}: pytest did not run")
+        result = run_tests(checkout, tests, HANG_SECONDS)
     finally:
         path.write_text(before, encoding="utf-8")
-    return None
+    if not (result.passed or result.failed):
+        raise SystemExit(f"{result.output}\n{fault['name']}: pytest did not run")
+    return result.failed[0] if result.failed else None
 
 
 def run_tests(checkout: Path, tests: Sequence[str], seconds: float = LONGEST_SECONDS) -> Result:

@@ -1,7 +1,5 @@
 """Adapters without training: on a small LLaMA, and in folders."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

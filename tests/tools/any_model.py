@@ -1,7 +1,5 @@
 """Tiny configs of many families of models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PreTrainedConfig

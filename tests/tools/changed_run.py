@@ -1,7 +1,5 @@
 """launch/pretrain.py with a change, for scripts that a launcher starts."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NoReturn

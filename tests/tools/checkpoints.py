@@ -1,7 +1,5 @@
 """Checkpoints of runs that were never made."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Calls the command lines in this process, on disks that are full or read-only, as a user who may not do everything."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

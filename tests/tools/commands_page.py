@@ -1,7 +1,5 @@
 """Every command in docs/commands.md, with its help."""
 
-from __future__ import annotations
-
 import os
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """Trees of settings for the tests of the config package."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Shards, settings and a tokenizer of bytes for the tests of the data package."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import json

@@ -1,30 +1,15 @@
 """The documents of the repository, and the command lines in them."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 from tests.tools.helpers import ROOT
 
-DOCUMENTS = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
-        *ROOT.glob("docs/tutorials/*.md"),
-        *ROOT.glob("configs/*.md"),
-        *ROOT.glob("tokenizer/*.md"),
-    ]
-)
+FOLDERS = (".", "docs", "docs/tutorials", "configs", "tokenizer")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 # files whose comments are instructions to a user, too
-INSTRUCTIONS = [
-    *DOCUMENTS,
-    ROOT / "Dockerfile",
-    ROOT / "compose.yaml",
-    *ROOT.glob("launch/slurm/*"),
-    *ROOT.glob("launch/hostfile*"),
-    *ROOT.glob("launch/k8s/*"),
-]
+OTHERS = ("Dockerfile", "compose.yaml", "launch/slurm/*", "launch/hostfile*", "launch/k8s/*")
+INSTRUCTIONS = [*DOCUMENTS, *(path for pattern in OTHERS for path in ROOT.glob(pattern))]
 
 
 def name(path: Path) -> str:
@@ -34,8 +19,5 @@ def name(path: Path) -> str:
 
 def blocks(text: str) -> list[str]:
     """The contents of fenced blocks of commands."""
-    return [
-        block
-        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-        if language in ("", "bash")
-    ]
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for language, block in found if language in ("", "bash")]

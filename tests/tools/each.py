@@ -1,7 +1,5 @@
 """One test that tries every row of a table."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import textwrap

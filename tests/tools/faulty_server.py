@@ -1,7 +1,5 @@
 """A file server on loopback that misbehaves on a schedule, and can replace the datasets hub."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

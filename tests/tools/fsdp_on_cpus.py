@@ -1,7 +1,5 @@
 """accelerate with FSDP on CPUs, which it only knows on GPUs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

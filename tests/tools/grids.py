@@ -1,7 +1,5 @@
 """Cases of a grid: ``make test`` has all pairs of values, ``make test-elastic`` all triples."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What several tests use; nothing but Python's own modules is imported with it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

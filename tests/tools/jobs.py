@@ -1,7 +1,5 @@
 """Jobs as users start them: launchers, ranks as processes of their own, signals and kills."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -52,15 +50,6 @@ def lives(process: psutil.Process) -> bool:
 def write_config(config: Config, path: Path) -> Path:
     path.write_text(dump(config))
     return path
-
-
-RUNNING: list[Job] = []
-
-
-def kill_all() -> None:
-    """Ends all jobs that a test left."""
-    while RUNNING:
-        RUNNING.pop().kill()
 
 
 class Started:
@@ -143,25 +132,22 @@ class Job(Started):
         """None before it is started and after its end."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                is_worker = "relora_mora.data.stream.worker" in process.cmdline()
-                if process.environ().get("RANK") == str(number) and not is_worker:
+                of_rank = process.environ().get("RANK") == str(number)
+                if of_rank and "relora_mora.data.stream.worker" not in command_of(process):
                     return process
         return None
 
     def launch_py(self) -> psutil.Process:
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "deepspeed.launcher.launch" in process.cmdline():
-                    return process
-        raise AssertionError(f"launch.py does not run\n{self.output}")
+        found = [each for each in self.processes() if "deepspeed.launcher.launch" in command_of(each)]
+        assert found, f"launch.py does not run\n{self.output}"
+        return found[0]
 
     def wait_for_nobody(self, seconds: float) -> float:
         """Seconds until no process of the job lives; fails after ``seconds``."""
         begin = time.monotonic()
         while alive := self.processes():
-            assert time.monotonic() < begin + seconds, (
-                f"{[p.cmdline()[-3:] for p in alive]} live after {seconds} s\n{self.output}"
-            )
+            late = f"{[command_of(each)[-3:] for each in alive]} live after {seconds} s\n{self.output}"
+            assert time.monotonic() < begin + seconds, late
             self.process.poll()
             time.sleep(POLL_SECONDS)
         return time.monotonic() - begin
@@ -171,6 +157,15 @@ class Job(Started):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+
+
+RUNNING: list[Job] = []
+
+
+def kill_all() -> None:
+    """Ends all jobs that a test left."""
+    while RUNNING:
+        RUNNING.pop().kill()
 
 
 def last_step(run_dir: Path) -> int:

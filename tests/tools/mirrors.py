@@ -1,7 +1,5 @@
 """Checkpoints of no run, and trainers that send them to a mirror."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

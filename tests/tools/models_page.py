@@ -1,7 +1,5 @@
 """Small models of many families in docs/models.md, compared with transformers."""
 
-from __future__ import annotations
-
 import math
 
 from relora_mora.adapters.inject import decoder_linears

@@ -1,7 +1,5 @@
 """The oldest versions that setup.cfg allows, as constraints for pip. Run by `make test-oldest`; needs only Python."""
 
-from __future__ import annotations
-
 import configparser
 import re
 import sys

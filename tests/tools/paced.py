@@ -1,7 +1,5 @@
 """launch/pretrain.py with a pause before each step, so that runs without an end leave the processors to other tests."""
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Writes what follows from the code in docs/*.md: ``python -m tests.tools.pages NAME ...``, without names in all."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

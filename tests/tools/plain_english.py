@@ -3,8 +3,6 @@
 The limits are the highest rates found in OLMo-core, torchtitan, nanochat and mosaicml-streaming.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

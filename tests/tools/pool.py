@@ -1,7 +1,5 @@
 """Worker processes that are started once per world size and run many functions, each on all ranks."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import gc
@@ -33,9 +31,8 @@ class PoolError(RuntimeError):
 
 
 def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection, stacks: Path) -> None:
-    faulthandler.register(
-        STACKS_SIGNAL, file=stacks.open("w"), all_threads=True
-    )  # of C: it needs no lock of the interpreter
+    # of C: it needs no lock of the interpreter
+    faulthandler.register(STACKS_SIGNAL, file=stacks.open("w"), all_threads=True)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -91,30 +88,25 @@ class Pool:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         begin = time.monotonic()
+        what = f"{function.__name__}{args}"
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
-        self._await_answers(f"{function.__name__}{args}", begin + LONGEST_SECONDS)
+        while not all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes):  # an answer, or closed
+            codes = [process.exitcode for process in self.processes]
+            if codes != [None] * len(codes):
+                raise self._broken(f"the ranks have the exit codes {codes} in {what}")
+            if time.monotonic() > begin + LONGEST_SECONDS:
+                raise self._broken(f"no answer to {what} in {LONGEST_SECONDS:.0f} s")
         try:
             answers = [pipe.recv() for pipe in self.pipes]
         except EOFError:
-            raise self._broken(f"a rank ended in {function.__name__}{args}") from None
+            raise self._broken(f"a rank ended in {what}") from None
         failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
         if failed:
             if time.monotonic() - begin > COLLECTIVE_SECONDS:
                 self.close()
             raise AssertionError("\n".join(failed))
         return [value for _, value in answers]
-
-    def _await_answers(self, what: str, deadline: float) -> None:
-        while True:
-            answered = all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes)  # or closed
-            dead = [rank for rank, process in enumerate(self.processes) if not process.is_alive()]
-            if dead:
-                raise self._broken(f"rank {dead[0]} ended with code {self.processes[dead[0]].exitcode} in {what}")
-            if answered:
-                return
-            if time.monotonic() > deadline:
-                raise self._broken(f"no answer to {what} in {LONGEST_SECONDS:.0f} s")
 
     def _broken(self, reason: str) -> PoolError:
         for process in self.processes:

@@ -1,7 +1,5 @@
 """Ports for tests, which bind them later."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import socket

@@ -1,7 +1,5 @@
 """What fits on which GPU in docs/recipes.md, as ``relora-mora plan`` says."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """A run in plain torch, which the trainer is compared with: one process, float32, autograd through ``W + delta``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, layer_generator
@@ -37,11 +35,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
 class PlainRun:
     """``train(batches)`` returns the loss of each step; ``parameters`` then has all values."""
 
-    def __init__(self, config: Config, model_config: PreTrainedConfig) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.method = config.method
         seed = config.train.seed
-        lm = self.lm = AutoModelForCausalLM.from_config(model_config, attn_implementation="eager")
+        lm = self.lm = AutoModelForCausalLM.from_config(read_model_config(config.model), attn_implementation="eager")
         with torch.no_grad():
             values = initial_values(empty_model(model_config), [name for name, _ in lm.named_parameters()], seed)
             for name, parameter in lm.named_parameters():
@@ -157,7 +155,3 @@ def _plain_forward(layer: AdapterLinear) -> Any:
         return F.linear(x, weight + layer.delta_of(*(getattr(layer, key) for key in layer.adapter_names)), layer.bias)
 
     return forward
-
-
-def model_config_of(config: Config) -> PreTrainedConfig:
-    return read_model_config(config.model)

@@ -1,7 +1,5 @@
 """The rules in examples/optimizers, as values of ``optim.matrices``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tests.tools.helpers import ROOT

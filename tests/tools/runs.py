@@ -1,7 +1,5 @@
 """Whole tiny runs of the trainer on generated text, for tests."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -10,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder, read_json_lines
+from tests.tools.changed_run import before_each_step
 from tests.tools.data_tools import write_shards
 from tests.tools.pool import Pools
 
@@ -82,21 +82,14 @@ def train(
     from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.pretrain import pretrain
 
-    whole_step = Trainer.train_step
-
-    def train_step(self: Trainer, share: Any) -> Any:
-        if stop_after is not None and self.state.step == stop_after:
+    def act(trainer: Trainer, share: Any) -> None:
+        if trainer.state.step == stop_after:
             raise Stopped
-        watch(self, share)
-        return whole_step(self, share)
+        watch(trainer, share)
 
-    Trainer.train_step = train_step  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Trainer, "train_step", Trainer.train_step), contextlib.suppress(Stopped):
+        before_each_step(act)
         pretrain(config)
-    except Stopped:
-        return
-    finally:
-        Trainer.train_step = whole_step  # type: ignore[method-assign]
 
 
 def built(config: Config) -> Any:

@@ -4,8 +4,6 @@ Trains tiny runs of all methods, ZeRO stages and precisions with the code of a c
 the code here go on from the commit's checkpoints. Losses, rates, tensors and manifests must be the same bit for bit.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -78,11 +76,8 @@ def train(checkout: Path, config: Any, ranks: int) -> None:
     run_dir = Path(config.train.run_dir)
     settings = run_dir.with_suffix(".yaml")
     settings.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
-    launcher = (
-        ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={free_port()}"]
-        if ranks > 1
-        else []
-    )
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master-port={free_port()}"]
+    launcher = launcher if ranks > 1 else []
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, *launcher, "launch/pretrain.py", str(settings)]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)

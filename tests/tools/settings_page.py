@@ -1,7 +1,5 @@
 """Every setting in docs/settings.md, from the schema."""
 
-from __future__ import annotations
-
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 

@@ -1,7 +1,5 @@
 """Data next to the checkout, and packages, that some tests need."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

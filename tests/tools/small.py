@@ -1,7 +1,5 @@
 """A small model of one's own with adapters, and a plain loop."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

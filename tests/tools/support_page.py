@@ -1,7 +1,5 @@
 """What the checks of settings refuse together, in docs/support.md."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, get_args

@@ -1,7 +1,5 @@
 """A tiny run: settings, model and batches that several tests share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What the tests of the tokenizer share: the training program, and text to train on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

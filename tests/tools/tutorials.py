@@ -5,8 +5,6 @@ block before it, with other numbers. ``<!-- Ctrl-C after: TEXT -->`` before a bl
 presses Ctrl-C when TEXT appears.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

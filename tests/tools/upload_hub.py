@@ -1,7 +1,5 @@
 """A hub of models on loopback: what huggingface_hub asks for when it creates a repository and uploads a folder."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

@@ -1,13 +1,30 @@
-"""DeepSpeed's settings on GPUs and on CPUs."""
+"""DeepSpeed's start, and its settings on GPUs and on CPUs."""
 
-from __future__ import annotations
-
+import os
+import subprocess
+import sys
 from typing import Any
 
 from tests.tools.each import each
 from tests.tools.tiny import tiny_config
 
 TRAINABLE = 200_000_000
+# torch's compiler takes seconds to import
+ENGINE = """
+import sys
+from tests.tools.tiny import build_rig, tiny_config
+from relora_mora.engine.start import init_distributed
+init_distributed()
+build_rig(tiny_config(1, train={"zero_stage": 1}), bf16=True)
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+
+
+def test_an_engine_starts_on_a_cpu_without_a_warning_and_without_torchs_compiler():
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", ENGINE], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def settings(stage: int, *, on_gpu: bool, world_size: int = 2, **own: Any) -> dict[str, Any]:
@@ -20,17 +37,10 @@ def settings(stage: int, *, on_gpu: bool, world_size: int = 2, **own: Any) -> di
 
 
 @each("stage", [0, 1, 2, 3])
-def test_on_cpus_one_bucket_holds_all_gradients(stage: int) -> None:
+def test_one_bucket_holds_all_gradients_of_a_cpu_and_those_of_gpus_are_small(stage):
     assert settings(stage, on_gpu=False) == {"stage": stage, "reduce_bucket_size": TRAINABLE}
-
-
-@each("stage", [0, 1, 2, 3])
-def test_on_gpus_buckets_are_small_and_stage_2_reduces_during_backward(stage: int) -> None:
     small = {"stage": stage, "reduce_bucket_size": 50_000_000}
     assert settings(stage, on_gpu=True) == (small | {"overlap_comm": True} if stage == 2 else small)
     assert settings(stage, on_gpu=True, world_size=1) == small
-
-
-def test_settings_of_the_user_take_precedence() -> None:
     given = {"overlap_comm": False, "reduce_bucket_size": 1000}
-    assert settings(2, on_gpu=True, **given) == {"stage": 2, **given}
+    assert settings(stage, on_gpu=True, **given) == {"stage": stage, **given}
