@@ -80,7 +80,7 @@ class Ours:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
         self.trainable = _trainable(lm)
-        self.flops = flops_per_token(setting.model_config, config).total
+        self.flops = flops_per_token(setting.model_config, config)
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = FrozenMasters(fixed, torch.distributed.get_rank(), ranks)

@@ -73,6 +73,13 @@ def main(
 
     chosen = device_here() if device is None else named_device(device)
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
-    speed = {"measured": tokens_per_second, "utilization": utilization}
-    plan = plan_of(config, overrides, cluster, finetune=finetune, **speed)
-    print(json_module.dumps(plan.as_dict()) if json else tables(plan) if details else answer(plan))
+    plan = plan_of(
+        config,
+        overrides,
+        cluster,
+        finetune=finetune,
+        measured=tokens_per_second,
+        utilization=utilization,
+        every_stage=details or json,
+    )
+    print(json_module.dumps(plan) if json else tables(plan) if details else answer(plan))
