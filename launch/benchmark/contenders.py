@@ -5,8 +5,6 @@ transformers' loss. The peers also train embeddings, norms and head, as pretrain
 fine-tuning only adapters train, and PEFT's model is called as its users call it, with transformers' loss.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable, Sequence

@@ -36,12 +36,10 @@ def main(
         from relora_mora.config.load import ConfigError
         from relora_mora.experiments.compare.groups import group_of, group_runs
         from relora_mora.experiments.compare.runs import CompareError, read_run, read_runs
-        from relora_mora.experiments.compare.table import check_folder, markdown, write_comparison
+        from relora_mora.experiments.compare.table import markdown, write_comparison
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
-    if out is not None:
-        check_folder(Path(out))
     found = []
     faults = []
     for name in runs:

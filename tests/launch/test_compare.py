@@ -102,7 +102,7 @@ def test_bad_input_gives_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE, tmp_path / "file"), "has no run")
     (tmp_path / "file").write_text("{}")
     refused(call(COMPARE, runs[0], tmp_path / "file"), "line 1: not a record of a run")
-    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "is a file, expected a folder")
+    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), f"{tmp_path / 'file'}: File exists")
 
 
 def test_without_matplotlib_the_table_is_written(

@@ -146,12 +146,6 @@ class Run:
         tag = _tag(name, what)
         return next((line[tag] for line in reversed(self.lines) if tag in line), None)
 
-    def held_out(self, name: str) -> str:
-        """A set's text and the tokenizer, as named in the settings."""
-        validation = self.settings.get("data.validation")
-        text = validation.get(name) if name and isinstance(validation, dict) else validation
-        return json.dumps([text, self.settings.get("tokenizer.path")])
-
     @property
     def began_with(self) -> dict[str, str]:
         """Digests of the files that settings name, by setting; empty if the run has not noted them.

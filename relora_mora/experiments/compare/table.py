@@ -9,7 +9,7 @@ from statistics import mean
 import pandas as pd
 
 from relora_mora.experiments.compare.groups import UNKNOWN, Group, common_sets, count, set_title
-from relora_mora.experiments.compare.runs import TABLE, CompareError
+from relora_mora.experiments.compare.runs import TABLE
 from relora_mora.experiments.compare.settings import as_text
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import disk_faults_named, write_synced
@@ -86,16 +86,11 @@ def _other_content(groups: Sequence[Group]) -> list[str]:
 
 
 def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
-    """A note if a held-out set is not the same in all runs, or may not be."""
-    title = set_title(name).capitalize()
+    """A note if a held-out set is not the same in all runs."""
     firsts = [group.runs[0] for group in groups]
-    digests = {run.scored(name, "digest") for run in firsts}
-    if len(digests - {None}) > 1 or len({run.scored(name, "tokens") for run in firsts}) > 1:
-        return [f"{title}: runs were scored on different tokens; their losses are not comparable."]
-    if None in digests and len({run.held_out(name) for run in firsts}) > 1:
+    if any(len({run.scored(name, what) for run in firsts} - {None}) > 1 for what in ("digest", "tokens")):
         return [
-            f"{title}: runs name different data.validation or tokenizer.path; their losses are comparable only if "
-            "text and tokenizer are the same."
+            f"{set_title(name).capitalize()}: runs were scored on different tokens; their losses are not comparable."
         ]
     return []
 
@@ -106,12 +101,6 @@ def _spread(values: Sequence[float], spec: str) -> str:
         return UNKNOWN
     shown, low, high = (format(value, spec) for value in (mean(values), min(values), max(values)))
     return shown if low == high else f"{shown} ({low}–{high})"
-
-
-def check_folder(folder: Path) -> None:
-    """Raises :class:`CompareError` if ``folder`` is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise CompareError(f"--out: {folder} is a file, expected a folder; give another path")
 
 
 def can_draw() -> bool:

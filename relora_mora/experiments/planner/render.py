@@ -73,21 +73,14 @@ def tables(plan: Plan) -> str:
 
 def _overview(plan: Plan) -> str:
     """What is the same at every stage."""
-    flops, cluster = plan["flops"], plan["cluster"]
-    device = cluster["device"]
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in plan["parameters"].items())
-    link = device["host"] if cluster["link_gbits"] is None else f"{cluster['link_gbits']:g} Gbit/s (--link_gbits)"
-    lines = [
-        f"parameters with {plan['method']}: {counts}",
-        f"arithmetic: {flops['total'] / 1e9:.4g} GFLOP a token, {flops['recomputed'] / 1e9:.4g} more recomputed",
-        f"optimizer: {plan['matrices']}, {plan['others']} of embeddings and head, "
-        f"{plan['optimizer_flops'] / 1e12:.3g} TFLOP of products a step in all ranks",
-        f"data: {plan['tokens_per_step']:,} tokens a step, {plan['tokens']:,} in all",
-        f"time: {plan['assumption']}",
-        f"devices: {cluster['nodes']} x {cluster['devices_per_node']} {device['name']}, {device['memory_gb']:.3g} GB "
-        f"each, {device['peer_gbytes_per_s']:g} GB/s between two ({device['source']}); between hosts: {link}",
-    ]
-    return _lines(lines[:-1] if plan["resident"] is not None else lines)
+    names = ("method", "parameters", "flops", "matrices", "others", "optimizer_flops", "tokens_per_step", "assumption")
+    return _lines([f"{name.replace('_', ' ')}: {_shown(plan[name])}" for name in (*names, "cluster")])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_shown(each)}" for key, each in value.items() if each)
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _table(

@@ -13,11 +13,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
 
 
-from relora_mora.experiments.compare.figures import figures_of, loss_figure, perplexity_figure, styles
+from relora_mora.experiments.compare.figures import loss_figure, perplexity_figure, styles
 from relora_mora.experiments.compare.groups import Group, group_runs
-from relora_mora.experiments.compare.table import write_files
 from tests.experiments.compare.folders import TOKENS, made_run
-from tests.tools.commands import files_end_at
 from tests.tools.each import each
 
 LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
@@ -69,20 +67,6 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(groups:
         assert len({tuple(style.values()) for style in itertools.islice(styles(), 60)}) == 60
         of_groups = [style["color"] for style in itertools.islice(styles(), 2)]
         assert [each.get_color() for each in dots] == of_groups[::-1], "as in the other figures"
-
-
-@pytest.mark.more
-def test_a_disk_that_fills_up_leaves_older_files_as_they_were(groups: list[Group], tmp_path: Path) -> None:
-    out = tmp_path / "new" / "out"
-    figures = figures_of(groups, groups[0])
-    write_files(out, {"long.md": "before", **figures})
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert before == {"long.md": b"before", **figures}
-    assert all(figure.startswith(b"\x89PNG") for figure in figures.values())
-    for text, said in (("longer" * 500, "long.md"), ("before", "loss_by_tokens.png")):
-        with files_end_at(2000), pytest.raises(OSError, match=f"'{out / said}'"):
-            write_files(out, {"long.md": text, **figures})
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @each("losses", [[[9.0], [9.0]], [[9.0], LOSSES[:3]]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -23,26 +22,6 @@ Sections = dict[str, dict[str, Any]]
 
 def _labels(folder: Path, *runs: Sections) -> list[str]:
     return [group.label for group in group_runs(made_run(folder / f"run{i}", **given) for i, given in enumerate(runs))]
-
-
-def test_optimizers_of_02_keep_their_names(tmp_path: Path) -> None:
-    defaults = {"optim.projection_rank": 128, "optim.projection_every": 200, "optim.projection_scale": None}
-    defaults["optim.cautious_decay"] = False
-    given: list[tuple[str, dict[str, Any]]] = [
-        ("adamw", {}),
-        ("galore", {"projection_rank": 8}),
-        ("galore", {"projection_rank": 16}),
-        ("apollo_mini", {}),
-        ("muon", {}),
-    ]
-    runs = []
-    for index, (name, optim) in enumerate(given):
-        run = made_run(tmp_path / f"run{index}", method={"name": "full"})
-        optim = {f"optim.{key}": value for key, value in {"matrices": name, **optim}.items()}
-        runs.append(replace(run, settings={**run.settings, **defaults, **optim}))
-    labels = ["AdamW", "GaLore, projection rank 8", "GaLore, projection rank 16"]
-    labels += ["APOLLO-Mini", "Muon"]
-    assert [group.label for group in group_runs(runs)] == [f"Full rank, {label}" for label in labels]
 
 
 def test_unnamed_settings_still_separate_runs(tmp_path: Path) -> None:

@@ -73,7 +73,6 @@ def test_sets_are_those_of_the_newest_evaluation(tmp_path: Path) -> None:
         stream.write('{"step": 20, "eval/loss": 3.0, "eval/new/loss": 2.0, "eval/both/loss": 4.0}\n')
     run = read_run(folder)
     assert run.validation_sets == ["new", "both"]
-    assert [run.held_out(name) for name in run.validation_sets] == [run.held_out("")] * 2
     [group] = group_runs([run])
     assert [group.last(name) for name in run.validation_sets] == [[(20, 2.0)], [(20, 4.0)]]
 
@@ -84,13 +83,6 @@ def test_non_finite_numbers_and_a_truncated_line_are_left_out(tmp_path: Path) ->
         stream.write('{"step": 11, "train/loss": null}\n{"step": 12, "train/lo')
     assert max(read_run(folder).series("train/loss").index) == 10
     assert read_run(folder).last_step == 11
-
-
-def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", [9.0, 4.0])
-    config = RunFolder(folder).config
-    config.write_text("".join(line for line in config.read_text().splitlines(True) if "reset_ratio" not in line))
-    assert read_run(folder).settings["method.reset_ratio"] == 0.9
 
 
 def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:

@@ -93,13 +93,6 @@ def test_the_scored_text_decides_and_not_its_name(tmp_path: Path) -> None:
         assert ("scored on different tokens" in text, "comparable" in text) == (said, said)
 
 
-@each("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
-def test_equal_counts_from_another_text_or_tokenizer_are_reported(tmp_path: Path, given: dict[str, Any]) -> None:
-    said = "comparable only if text and tokenizer are the same"
-    assert said in markdown(_groups(tmp_path, FULL, given))
-    assert said not in markdown(_groups(tmp_path / "alike", FULL, {}))
-
-
 def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"{rate}", [9.0, 4.0], optim={"lr": rate}) for rate in (1e-3, 2e-3, 3e-3)]
     for run, digest in zip(runs, ("a", "b", "b"), strict=True):
@@ -109,16 +102,6 @@ def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: P
     note = 'The runs began with different content of data.train="a": they are not comparable.'
     assert note in markdown(group_runs(map(read_run, runs)))
     assert note not in markdown(group_runs(map(read_run, runs[1:])))
-
-
-def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> None:
-    assert _cells(markdown(_groups(tmp_path, {"losses": [1e6] * 5})))[0]["perplexity"] == "1.01e+304"
-
-
-def test_a_run_of_an_older_version_has_no_parameters(tmp_path: Path) -> None:
-    run = made_run(tmp_path / "a")
-    run.start.clear()
-    assert _cells(markdown(group_runs([run])))[0]["trainable"] == "–"
 
 
 @each(
