@@ -80,10 +80,10 @@ def test_tables_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--nodes=2", "--gpus-per-node=8", "--device=A10G", "--model.activation_checkpointing=true"]
     out = " ".join(" ".join(lines_of(capsys, config, *arguments, "--details")).split())
     for part in (
-        "2 x 8 a10g, 24 GB each",
-        "between hosts: AWS g5.48xlarge: 100 Gbit/s",
+        "nodes 2, devices per node 8, device name a10g,",
+        "host AWS g5.48xlarge: 100 Gbit/s for 8",
         "0 too large 1* 2 3",
-        "5,242,880,000 in all",
+        "tokens per step: 524,288",
     ):
         assert part in out, part
     assert run_cli(config, "--nodes=2", "--gpus_per_node=8", "--device=h100", "--link_gbits=10", "--json") == 0
@@ -111,6 +111,13 @@ def test_tables_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert run_cli(str(CONFIG), *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_mistakes_of_machines_and_settings_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(str(CONFIG), "--device=h1000", "--nodes=2", "--train.steps=-3", "--method.rnk=3") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("4 faults in the command line:")
+    assert all(part in said for part in ("--device: got 'h1000'", "--gpus_per_node", "train.steps: got -3", "rnk"))
 
 
 NOTES = {
