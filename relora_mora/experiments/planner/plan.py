@@ -77,7 +77,11 @@ def make_plan(
     optim = config.optim
     own_notes = list(remarks(config))
     if too_large and not any(fits.values()):
-        own_notes.insert(0, f"to make it fit: {_savings(config)}")
+        own_notes.insert(
+            0,
+            "to make it fit: lower train.micro_batch_size, set model.activation_checkpointing or method.base=int8 "
+            "(with adapters), or take more or larger devices",
+        )
     if is_own(optim.matrices):
         own_notes.append(
             f"the memory of {split_rule(optim.matrices)[1]} is what its state_shapes say, and its work is counted only "
@@ -129,17 +133,6 @@ def _assumption(
         return f"at {utilization:.0%} {of_peak}"
     unconfirmed = "" if cluster.on_cpu else ", which no GPU has confirmed"
     return f"assuming {UTILIZATION:.0%} {of_peak}{unconfirmed}"
-
-
-def _savings(config: Config) -> str:
-    """Changes that would need less memory."""
-    changes = {
-        "lower train.micro_batch_size": config.train.micro_batch_size > 1,
-        "set model.activation_checkpointing": not config.model.activation_checkpointing,
-        "set method.base=int8": config.method.uses_adapters and config.method.base is None,
-        "take more or larger devices": True,
-    }
-    return ", or ".join(change for change, helps in changes.items() if helps)
 
 
 def _resident(memory: Memory) -> float:

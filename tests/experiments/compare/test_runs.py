@@ -51,14 +51,6 @@ def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) 
     assert run.scored("", "tokens") == 500
 
 
-def test_evaluations_without_digests_are_matched_by_their_tokens(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", [9.0, 4.0])
-    with RunFolder(folder).metrics.open("a") as stream:
-        for step, tokens in ((10, 400), (20, 500), (30, 500)):
-            stream.write(json.dumps({"step": step, "eval/loss": 3.0, "eval/tokens": tokens}) + "\n")
-    assert read_run(folder).evaluations("").to_dict() == {0: 9.0, 10: 4.0, 20: 3.0, 30: 3.0}
-
-
 @each(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
 def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: list[str]) -> None:
     run = made_run(tmp_path / "a", sets=sets)

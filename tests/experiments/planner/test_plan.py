@@ -18,7 +18,6 @@ from relora_mora.system.hardware import device_here
 from tests.tools.commands import PLAN, call
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
-from tests.tools.rules import matrices_settings
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 TWO = Cluster(1, 2, CPU)
@@ -92,21 +91,6 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     seconds = [muon["steps"][stage]["optimizer"] for stage in (0, 1)]
     assert seconds == pytest.approx([muon["optimizer_flops"] / 0.4e12, muon["optimizer_flops"] / 0.8e12])
     assert [muon["steps"][stage]["exchanged"] for stage in (2, 3)] == [0, pytest.approx(8 * adapters / 2)]
-
-
-@pytest.mark.more
-def test_the_state_of_a_rule_of_ones_own_is_counted() -> None:
-    adamw = plan_of(**{"method.name": "full"})
-    matrices = matrices_settings("galore")["matrices"]
-    plan = plan_of(**{"method.name": "full", "optim.matrices": matrices, "optim.rule": "{rank: 64}"})
-    # four layers with hidden 256 and intermediate 688: moments [64, 256] or [64, 688], and a projection [256, 64]
-    attention, mlp = (2 * 64 * long + 256 * 64 + 1 for long in (256, 688))
-    of_adamw = 8 * 4 * (4 * 256 * 256 + 3 * 256 * 688)
-    kept = 4 * 4 * (4 * attention + 3 * mlp)
-    for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
-        saved = adamw["memory"][stage]["optimizer"] - plan["memory"][stage]["optimizer"]
-        assert saved == (of_adamw - kept) / share
-    assert [("state_shapes" in str(each["notes"])) for each in (plan, adamw)] == [True, False]
 
 
 @pytest.mark.more

@@ -41,15 +41,6 @@ def test_a_study_continues_elsewhere_from_its_records(tmp_path: Path):
     assert sorted([ranked, *others]) == sorted(lines), "records that the grid no longer names stay"
 
 
-def test_a_line_that_is_not_a_record_is_reported_before_anything_runs(tmp_path: Path):
-    folder = StudyFolder(tmp_path)
-    whole = json.dumps({"name": "a", "given": {}, "config": {}, "start": {}, "metrics": [{"step": 0}]})
-    folder.records.write_text(f'{whole}\n{{"name": "cut\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"cells\.jsonl, line 2: not a record of a run; .* or remove the line"):
-        conduct(made_study(), folder, PROGRAM, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
-
-
 @each("records", sorted((ROOT / "docs/studies").glob("*.jsonl.gz")))
 def test_records_in_the_documents_match_the_studies(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
