@@ -15,7 +15,7 @@ def main(
 ) -> None:
     """Prints a Markdown table of runs, and draws figures of them.
 
-    Runs that differ only in the seed share a row with their mean. A folder that is not a run is left out.
+    Runs that differ only in the seed share a row with their mean. What is not a run is left out.
 
     Arguments:
         runs: run folders, or the cells.jsonl of a study, also compressed (NAME.jsonl.gz); perplexities are also given
@@ -46,8 +46,8 @@ def main(
         try:
             found += read_runs(Path(name))
         except CompareError as error:
-            if Path(name).is_file():
-                raise
+            if name.endswith((".jsonl", ".jsonl.gz")):
+                raise  # damaged records are not another kind of file
             faults.append(str(error))
     if not found:
         raise ConfigError(faults, "the command line")

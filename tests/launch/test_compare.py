@@ -84,11 +84,13 @@ def test_what_is_not_a_run_is_left_out_by_name(runs: list[Path], tmp_path: Path)
     (tmp_path / "export/config.json").write_text("{}")
     begun = write_run(tmp_path / "begun", LOSSES)
     (begun / "metrics.jsonl").unlink()
-    answer = call(COMPARE, tmp_path / "export", *runs, begun)
+    (tmp_path / "log.txt").write_text("some words\n")
+    others = (tmp_path / "export", begun, tmp_path / "log.txt")
+    answer = call(COMPARE, others[0], *runs, *others[1:])
     assert answer.code == 0
     assert answer.out == call(COMPARE, *runs).out
-    for folder, line in zip((tmp_path / "export", begun), answer.err.splitlines(), strict=True):
-        assert line.startswith(f"left out: {folder}: ")
+    for path, line in zip(others, answer.err.splitlines(), strict=True):
+        assert line.startswith(f"left out: {path}")
 
 
 def test_bad_input_gives_one_message(runs: list[Path], tmp_path: Path) -> None:
@@ -100,8 +102,8 @@ def test_bad_input_gives_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE, runs[0], other), "no validation set in common")
     (tmp_path / "file").write_text("")
     refused(call(COMPARE, tmp_path / "file"), "has no run")
-    (tmp_path / "file").write_text("{}")
-    refused(call(COMPARE, runs[0], tmp_path / "file"), "line 1: not a record of a run")
+    (tmp_path / "cells.jsonl").write_text("{}")
+    refused(call(COMPARE, runs[0], tmp_path / "cells.jsonl"), "line 1: not a record of a run")
     refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), f"{tmp_path / 'file'}: File exists")
 
 
