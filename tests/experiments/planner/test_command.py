@@ -74,25 +74,6 @@ def test_an_answer_has_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert "for each process;" in needs and "33 min on 2 cpu" in time
 
 
-@pytest.mark.more
-def test_tables_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs/run/paper_1_3b_full.yaml")
-    arguments = ["--nodes=2", "--gpus-per-node=8", "--device=A10G", "--model.activation_checkpointing=true"]
-    out = " ".join(" ".join(lines_of(capsys, config, *arguments, "--details")).split())
-    for part in (
-        "nodes 2, devices per node 8, device name a10g,",
-        "host AWS g5.48xlarge: 100 Gbit/s for 8",
-        "0 too large 1* 2 3",
-        "tokens per step: 524,288",
-    ):
-        assert part in out, part
-    assert run_cli(config, "--nodes=2", "--gpus_per_node=8", "--device=h100", "--link_gbits=10", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    assert values["world_size"] == 16
-    assert values["memory"]["2"]["fits"] is True
-    assert values["steps"]["1"]["network"] == pytest.approx(values["steps"]["1"]["sent"] / 1.25e9)
-
-
 @each(
     ("arguments", "message"),
     [
