@@ -3,6 +3,7 @@
 The modules that train run forward and backward on one decoder layer of each kind, and again with one more layer of a
 kind, whose bytes and FLOPs are the difference. Tensors are on the CPU, also if the run uses a GPU: both keep the same
 tensors, and what differs is added here (the chunks of the loss) or left out (a mask that flash attention does without).
+Keys and values that a GPU without flash attention repeats for grouped heads are not counted.
 
 FLOPs: only matrix products and attention count; a multiplication and an addition are two FLOPs. Attention counts the
 whole square of positions, as is usual (PaLM, arXiv 2204.02311, appendix B), although kernels skip the masked half and
