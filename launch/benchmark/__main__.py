@@ -1,11 +1,9 @@
 """The benchmarks, one command: ``python -m launch.benchmark KIND ...``, from the root of the checkout."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 
-from relora_mora.cli.command import missing_package, run
+from relora_mora.cli.command import run
 from relora_mora.supervise.exits import leave_now
 from relora_mora.system.process import sleep_soon
 
@@ -28,10 +26,7 @@ def main() -> None:
         raise SystemExit(0 if asked else 2)
     arguments.remove(kind)
     sleep_soon()  # as the trainer does
-    try:
-        module = importlib.import_module(f"launch.benchmark.{kind}")
-    except ModuleNotFoundError as error:
-        raise SystemExit(missing_package(error)) from None
+    module = importlib.import_module(f"launch.benchmark.{kind}")
     run(module.main, arguments, name=f"python -m launch.benchmark {kind}")
 
 

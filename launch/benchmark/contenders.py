@@ -5,8 +5,6 @@ transformers' loss. The peers also train embeddings, norms and head, as pretrain
 fine-tuning only adapters train, and PEFT's model is called as its users call it, with transformers' loss.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -80,7 +78,7 @@ class Ours:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
         self.trainable = _trainable(lm)
-        self.flops = flops_per_token(setting.model_config, config).total
+        self.flops = flops_per_token(setting.model_config, config)
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = FrozenMasters(fixed, torch.distributed.get_rank(), ranks)

@@ -1,7 +1,5 @@
 """Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each form."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import partial

@@ -1,13 +1,10 @@
 """Measures steps of several methods in turns, and counts the bytes of one step of each."""
 
-from __future__ import annotations
-
 import functools
 import gc
-import resource
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -32,7 +29,7 @@ def run(
     are those of one rank; if ranks differ, of the first. ``peak``: FLOP/s of a rank, for ``utilization``.
     """
     built: dict[str, Contender] = {}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in names:
         before = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
         contender = built[name] = PEERS[name](setting) if name in PEERS else Ours(setting, *name.split("_"))
@@ -40,16 +37,15 @@ def run(
             contender.step()
         found[name] = _bytes_of_step(contender, before, setting.device)
         note(f"{name}: ready after {warmup + 1} steps")
-    measures = {name: functools.partial(_step_cost, contender, setting.device) for name, contender in built.items()}
+    measures = {name: functools.partial(_seconds, contender.step, setting.device) for name, contender in built.items()}
     rounds = list(take_turns(measures, rounds=repeats, note=note))
     tokens = setting.tokens * setting.accumulation
     for name, contender in built.items():
-        steps = pd.DataFrame([costs[name] for costs in rounds])
-        medians = steps.median().to_dict()
-        seconds = medians["step_seconds"]
-        low, high = steps.step_seconds.quantile([0.25, 0.75])
+        steps = pd.Series([costs[name] for costs in rounds])
+        low, seconds, high = steps.quantile([0.25, 0.5, 0.75])
         merge_seconds = _merge_seconds(contender, setting.device)
-        found[name] |= medians | {
+        found[name] |= {
+            "step_seconds": seconds,
             "spread": (high - low) / 2 / seconds,
             "tokens_per_second": tokens * torch.distributed.get_world_size() / seconds,
             # the arithmetic of other packages is unknown
@@ -58,18 +54,6 @@ def run(
             "trainable_parameters": contender.trainable,
         }
     return found
-
-
-def _step_cost(contender: Contender, device: torch.device) -> dict[str, float]:
-    """Seconds until the slowest rank was done; of this process, processor seconds of all threads, and page faults."""
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = _seconds(contender.step, device)
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return {
-        "step_seconds": seconds,
-        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "page_faults": after.ru_minflt - before.ru_minflt,
-    }
 
 
 def _merge_seconds(contender: Contender, device: torch.device) -> float | None:
@@ -140,7 +124,7 @@ class ByteTracker(LiveBytes):
             self.add(tensor)
         self.held = self.now
 
-    def __enter__(self) -> ByteTracker:
+    def __enter__(self) -> Self:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -3,8 +3,6 @@
 Started by torchrun or DeepSpeed's launcher, it measures a job of several ranks.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -117,8 +115,6 @@ RATIOS = ("step_seconds", "trainable_parameters", "bytes_held", "bytes_at_peak",
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "step s": ("step_seconds", "{:.3f}".format),
     "+-": ("spread", "{:.1%}".format),
-    "cpu s": ("processor_seconds", "{:.2f}".format),
-    "faults": ("page_faults", "{:,.0f}".format),
     "tok/s": ("tokens_per_second", "{:,.0f}".format),
     "use": ("utilization", "{:.0%}".format),
     "merge": ("merge_steps", "{:.2f}x".format),

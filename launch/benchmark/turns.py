@@ -1,8 +1,6 @@
 """Chooses the device that a benchmark measures, and measures several things in turns, so that other work on the machine
 affects all of them equally."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

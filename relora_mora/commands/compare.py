@@ -15,7 +15,7 @@ def main(
 ) -> None:
     """Prints a Markdown table of runs, and draws figures of them.
 
-    Runs that differ only in the seed share a row with their mean.
+    Runs that differ only in the seed share a row with their mean. What is not a run is left out.
 
     Arguments:
         runs: run folders, or the cells.jsonl of a study, also compressed (NAME.jsonl.gz); perplexities are also given
@@ -33,26 +33,32 @@ def main(
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
     with many_imports():
+        from relora_mora.config.load import ConfigError
         from relora_mora.experiments.compare.groups import group_of, group_runs
-        from relora_mora.experiments.compare.runs import CompareError, is_model, read_run, read_runs
-        from relora_mora.experiments.compare.table import check_folder, markdown, write_comparison
+        from relora_mora.experiments.compare.runs import CompareError, read_run, read_runs
+        from relora_mora.experiments.compare.table import markdown, write_comparison
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
-    if out is not None:
-        check_folder(Path(out))
-    folders = [Path(name) for name in runs]
-    models = [folder for folder in folders if is_model(folder)]
-    if len(models) < len(folders):
-        folders = [folder for folder in folders if folder not in models]
-        for model in models:
-            print(f"{model}: a model, not a run; left out", file=sys.stderr)
-    by_folder = {each.folder.resolve(): each for folder in folders for each in read_runs(folder)}
+    found = []
+    faults = []
+    for name in runs:
+        try:
+            found += read_runs(Path(name))
+        except CompareError as error:
+            if name.endswith((".jsonl", ".jsonl.gz")):
+                raise  # damaged records are not another kind of file
+            faults.append(str(error))
+    if not found:
+        raise ConfigError(faults, "the command line")
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    by_folder = {each.folder.resolve(): each for each in found}
     if against is not None and not any(each.is_named(against) for each in by_folder.values()):
         by_folder[Path(against).resolve()] = read_run(Path(against))
     settings = [[name.strip() for name in option.split(",") if name.strip()] for option in (unnamed, best)]
     groups = group_runs(by_folder.values(), *settings)
-    reference = None if against is None else group_of(groups, against)
+    reference = groups[0] if against is None else group_of(groups, against)
     table = markdown(groups, reference)
     print(table, end="", flush=True)
     if out is not None:

@@ -53,26 +53,48 @@ def main(
     Example:
         relora-mora plan llama_7b --nodes=1 --gpus_per_node=8 --device=h100
     """
+    from relora_mora.system.devices import CPU, named_device
+
+    faults = []
     if world_size is not None and (nodes is not None or gpus_per_node is not None):
-        raise ValueError(
+        faults.append(
             "--world_size: given together with --nodes or --gpus_per_node; give only it (for one host) or those two"
         )
     if nodes is not None and nodes > 1 and gpus_per_node is None:
-        raise ValueError(
+        faults.append(
             f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host, "
             "e.g. --gpus_per_node=8"
         )
     if link_gbits is not None and (nodes or 1) == 1:
-        raise ValueError("--link_gbits: a single host does not use its network; give --nodes above 1, or leave it out")
-    with many_imports():  # takes seconds, so arguments are checked first
-        from relora_mora.experiments.planner.given import plan_of
+        faults.append("--link_gbits: a single host does not use its network; give --nodes above 1, or leave it out")
+    chosen = CPU
+    try:
+        chosen = chosen if device is None else named_device(device)
+    except ValueError as error:
+        faults.append(str(error))
+    with many_imports():
+        from relora_mora.config.load import ConfigError
+        from relora_mora.experiments.planner.given import plan_of, read_run
         from relora_mora.experiments.planner.render import answer, tables
         from relora_mora.experiments.planner.step import Cluster
-        from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here
 
-    chosen = device_here() if device is None else named_device(device)
+    if faults:
+        try:
+            read_run(config, overrides, world_size=1, finetune=finetune)
+        except ConfigError as error:
+            faults += error.faults
+        raise ConfigError(faults, "the command line")
+    if device is None:
+        chosen = device_here()
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
-    speed = {"measured": tokens_per_second, "utilization": utilization}
-    plan = plan_of(config, overrides, cluster, finetune=finetune, **speed)
-    print(json_module.dumps(plan.as_dict()) if json else tables(plan) if details else answer(plan))
+    plan = plan_of(
+        config,
+        overrides,
+        cluster,
+        finetune=finetune,
+        measured=tokens_per_second,
+        utilization=utilization,
+        every_stage=details or json,
+    )
+    print(json_module.dumps(plan) if json else tables(plan) if details else answer(plan))

@@ -27,14 +27,12 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
     with many_imports():
         from relora_mora.experiments.compare.groups import group_runs
         from relora_mora.experiments.compare.runs import CompareError, read_run
-        from relora_mora.experiments.compare.table import can_draw, check_folder, table_of, write_files
+        from relora_mora.experiments.compare.table import can_draw, table_of, write_files
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/lora runs/remora")
     if not above >= 0:
         raise CompareError(f"--above: got {above}, but singular values are not negative; give a number >= 0")
-    if out is not None:
-        check_folder(Path(out))
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
         from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint

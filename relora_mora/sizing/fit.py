@@ -5,7 +5,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.inject import choose_storage, decoder_linears, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.adapters.mora import layer_square_size
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, MethodConfig
@@ -21,42 +20,31 @@ RESIDENT_SHARE = 0.5  # the largest share of the memory that a step with residen
 
 
 def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None:
-    """Raises :class:`ConfigError` if the adapters are larger than their weights, or a square than both widths."""
+    """Raises :class:`ConfigError` if an adapter has no linear, or if all adapters are larger than their weights."""
     if not method.uses_adapters:
         return
     lm = empty_model(model_config)
-    linears = [(name.rpartition(".")[2], layer) for name, layer in decoder_linears(lm)]
-    kinds = list(dict.fromkeys(kind for kind, _ in linears))
-    missing = {
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in decoder_linears(lm)))
+    faults = {
         f"method.{setting}: {kind} is not a linear of the decoder layers; they have {', '.join(kinds) or 'none'}"
         for setting in ("target_modules", "rank_pattern")
         for kind in getattr(method, setting) or ()
         if kind not in kinds
     }
-    if missing or not kinds:
-        raise ConfigError(sorted(missing) or ["method.name: this model has no linears; use full"], "the settings")
-    chosen = kinds if method.target_modules is None else method.target_modules
-    shapes = [(kind, layer.in_features, layer.out_features) for kind, layer in linears if kind in chosen]
-    by_size = method.uses_squares and method.square_size is not None
-    setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
-    faults = [
-        f"method.{setting}: R of {size} is larger than both widths of {kind} ({inputs} -> {outputs}); lower it"
-        for kind, inputs, outputs in dict.fromkeys(shapes)
-        if method.uses_squares and (by_size or kind in method.rank_pattern)
-        if (size := layer_square_size(method.of(kind), inputs, outputs)) > max(inputs, outputs)
-    ]
-    weights = sum(inputs * outputs for _, inputs, outputs in shapes)
-    if not faults:
-        with torch.device("meta"):
-            inject(lm, method, seed=0)
+    if faults or not kinds:
+        raise ConfigError(sorted(faults) or ["method.name: this model has no linears; use full"], "the settings")
+    with torch.device("meta"):
+        inject(lm, method, seed=0)
+    weights = sum(layer.weight.numel() for _, layer in adapter_layers(lm))
     adapters = sum(lm.get_parameter(name).numel() for name in adapter_parameters(lm))
     if adapters > weights:
-        faults.append(
+        by_size = method.uses_squares and method.square_size is not None
+        setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
+        fault = (
             f"method.{setting}: the adapters have {adapters:,} parameters, more than the {weights:,} of their "
             "weights; lower it, or use method.name=full"
         )
-    if faults:
-        raise ConfigError(faults, "the settings")
+        raise ConfigError([fault], "the settings")
 
 
 def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
@@ -82,19 +70,16 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
     model = meta_model(model_config, setup.config.method)
     _check_matrices(model, setup.config)
     state = state_memory(model, setup)
-    needed = state.weights + state.masters + state.optimizer + (0 if setup.on_gpu else state.host_base)
-    stage = setup.stage
-    world_size = setup.world_size
-    higher = f", or a stage higher than train.zero_stage={stage}" if stage < 3 and world_size > 1 else ""
-    parts = [("weights and optimizer state", needed, available, higher)]
+    on_device = state.weights + state.masters + state.optimizer
+    sizes = {"weights and optimizer state": (on_device + (0 if setup.on_gpu else state.host_base), available)}
     if setup.on_gpu:
-        parts.append(("the base weights in host memory", state.host_base, on_host, ""))
-    for part, size, limit, remedy in parts:
+        sizes["the base weights in host memory"] = (state.host_base, on_host)
+    for part, (size, limit) in sizes.items():
         if size > limit:
             fault = (
-                f"model: {part} need {size / 2**30:,.1f} GiB on each of {counted(world_size, 'rank')}, "
-                f"and each has {limit / 2**30:,.1f}; take a smaller model, or more devices or hosts{remedy}: "
-                "relora-mora plan says what a run needs"
+                f"model: {part} need {size / 2**30:,.1f} GiB on each of {counted(setup.world_size, 'rank')}, and each "
+                f"has {limit / 2**30:,.1f}; take a smaller model, more devices or hosts, or a higher "
+                "train.zero_stage: relora-mora plan says what a run needs"
             )
             raise ConfigError([fault], "the settings")
 

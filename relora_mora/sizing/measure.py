@@ -3,6 +3,7 @@
 The modules that train run forward and backward on one decoder layer of each kind, and again with one more layer of a
 kind, whose bytes and FLOPs are the difference. Tensors are on the CPU, also if the run uses a GPU: both keep the same
 tensors, and what differs is added here (the chunks of the loss) or left out (a mask that flash attention does without).
+Keys and values that a GPU without flash attention repeats for grouped heads are not counted.
 
 FLOPs: only matrix products and attention count; a multiplication and an addition are two FLOPs. Attention counts the
 whole square of positions, as is usual (PaLM, arXiv 2204.02311, appendix B), although kernels skip the masked half and
@@ -11,8 +12,10 @@ compute scores again. The operators' sums and copies, norms, rotary embeddings a
 
 import copy
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -41,34 +44,17 @@ _PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class Flops:
-    """FLOPs of one token, forward and backward.
-
-    ``recomputed`` is what activation checkpointing computes a second time. The devices do this work, but it does not
-    belong to the model's arithmetic, so "model FLOPs utilization" leaves it out.
-    """
-
-    total: float
-    recomputed: float
-
-    @property
-    def performed(self) -> float:
-        return self.total + self.recomputed
-
-
-@dataclass(frozen=True)
 class Pass:
-    """Bytes of one micro-batch: kept from forward to backward, and the most at once, including these.
-
-    ``at_end``: the most in the backward of the first layer. ``layer``: what one layer keeps, the largest.
+    """A micro-batch. Bytes: ``kept`` from forward to backward, ``most`` before the backward of the first layer,
+    ``at_end`` from there on. FLOPs of a token: ``flops``, and what activation checkpointing computes a second time,
+    which is not the model's arithmetic.
     """
 
     kept: float
-    at_loss: float
-    in_backward: float
+    most: float
     at_end: float
-    layer: float
-    flops: Flops
+    flops: float
+    recomputed: float
 
 
 @dataclass(frozen=True)
@@ -80,14 +66,10 @@ class _Seen:
     at_loss: int
     in_backward: int
     at_end: int
+    forward_flops: float
     flops: float
-    forward: float
     boundary: int  # bytes of the input of a layer
-    passed: int  # bytes that all layers get, such as a mask, and that no layer keeps
     fused: bool  # whether the loss is fused with the head
-
-
-_KNOWN: dict[Any, _Seen] = {}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -121,47 +103,54 @@ class LiveBytes(TorchDispatchMode):
         return True
 
 
+@dataclass(eq=False)
+class Made:
+    """A storage that an operation made. Compiled programs keep its ``sources`` and compute it again, unless it is a
+    factor of a product.
+    """
+
+    size: int
+    sources: "set[Made]"
+    multiplied: bool = False
+
+    @property
+    def kept(self) -> "set[Made]":
+        """What compiled programs keep in its place."""
+        return {self} if self.multiplied else self.sources
+
+
 class Watch(LiveBytes):
     """Counts also FLOPs, and notes what a compiler would compute each storage from."""
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.known = known
-        self.numbers: dict[int, int] = {}  # of storages, by address
-        self.sizes: list[int] = []
-        self.sources: list[set[int]] = []
-        self.multiplied: set[int] = set()
+        self.made: dict[int, Made] = {}  # by address
         self.flops = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _grouped(*args) if func is _GROUPED else func(*args, **(kwargs or {}))
         flops = _flops(func, args)
         self.flops += flops
-        tensors = (value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor))
-        given = {number for tensor in tensors if (number := self.number(tensor)) is not None}
-        sources: set[int] = set()
+        given = [made for made in map(self.of, tree_iter((args, kwargs))) if made]
+        sources: set[Made] = set()
         if flops or func.namespace == "relora_mora":
-            self.multiplied |= given
+            for made in given:
+                made.multiplied = True
         elif torch.Tag.nondeterministic_seeded not in func.tags:
-            sources = sources.union(*(self.sources[number] for number in given))
+            sources = sources.union(*(made.sources for made in given))
         for value in tree_iter(out):
-            if isinstance(value, Tensor) and _key(value) not in self.known and self.add(value):
-                size = value.untyped_storage().nbytes()
-                number = self.numbers[_key(value)] = len(self.sizes)
-                self.sizes.append(size)
-                computed = sources and self.bytes_of(sources) < 1.5 * size  # a sum of two is less than both
-                self.sources.append(sources if computed else {number})
+            if isinstance(value, Tensor) and self.add(value):
+                made = self.made[_key(value)] = Made(value.untyped_storage().nbytes(), sources)
+                if not sources or size_of(sources) >= 1.5 * made.size:  # a sum of two is less than both
+                    made.sources = {made}
         return out
 
-    def number(self, tensor: Tensor) -> int | None:
-        return self.numbers[_key(tensor)] if _key(tensor) in self.live else None
+    def of(self, value: Any) -> Made | None:
+        return self.made.get(_key(value)) if isinstance(value, Tensor) and _key(value) in self.live else None
 
-    def bytes_of(self, numbers: set[int]) -> int:
-        return sum(self.sizes[number] for number in numbers)
 
-    def compiled(self, saved: set[int]) -> set[int]:
-        """What compiled programs keep of these: they compute again what is not a product, and no product's input."""
-        return set().union(*({each} if each in self.multiplied else self.sources[each] for each in saved))
+def size_of(made: set[Made]) -> int:
+    return sum(each.size for each in made)
 
 
 _GROUPED = torch.ops.aten._grouped_mm.default
@@ -189,8 +178,8 @@ def _flops(func: Any, args: Any) -> float:
     return 0.0
 
 
-def flops_per_token(model_config: PreTrainedConfig, config: Config) -> Flops:
-    """FLOPs of one training token with these settings."""
+def flops_per_token(model_config: PreTrainedConfig, config: Config) -> float:
+    """FLOPs of one training token with these settings, without what is computed a second time."""
     return measure(meta_model(model_config, config.method), Setup(config, 0, 1, bf16=False)).flops
 
 
@@ -200,76 +189,60 @@ def measure(model: PreTrainedModel, setup: Setup) -> Pass:
     With several operators: those that keep most, and the average of their FLOPs.
     """
     method = setup.config.method
-    cycle = method.cycle if method.uses_squares else (None,)
     layers = [layer for _, layer in adapter_layers(model)]
-    known: dict[str, Pass] = {}
-    passes = []
-    for kind in cycle:
-        code = OPERATORS[kind].code if kind else ""
-        if code not in known:
-            set_operators(layers, kind)
-            known[code] = _extrapolate(model, setup)
-        passes.append(known[code])
-    set_operators(layers, cycle[0])
-    flops = [each.flops for each in passes]
-    mean = Flops(*(sum(getattr(each, key) for each in flops) / len(flops) for key in ("total", "recomputed")))
-    return replace(max(passes, key=lambda each: each.kept), flops=mean)
+    if not method.uses_squares:
+        return _extrapolate(model, setup)
+    codes = [OPERATORS[operator].code for operator in method.cycle]
+    passes: dict[str, Pass] = {}
+    for operator, code in zip(method.cycle, codes, strict=True):
+        if code not in passes:
+            set_operators(layers, operator)
+            passes[code] = _extrapolate(model, setup)
+    set_operators(layers, method.cycle[0])
+    flops, recomputed = (fmean(getattr(passes[code], name) for code in codes) for name in ("flops", "recomputed"))
+    return replace(max(passes.values(), key=lambda each: each.kept), flops=flops, recomputed=recomputed)
 
 
 def _extrapolate(model: PreTrainedModel, setup: Setup) -> Pass:
-    kinds: dict[Any, list[int]] = {}
+    """Measures small models, and adds the layers that they lack."""
+    kinds: dict[Any, list[int]] = defaultdict(list)
     layers = decoder_layers(model)
     types = getattr(model.config, "layer_types", None) or [None] * len(layers)
     for index, ((name, layer), attention) in enumerate(zip(layers, types, strict=True)):
         shapes = tuple((key, p.shape, p.requires_grad) for key, p in layer.named_parameters())
         resident = tuple(part.resident for part in layer.modules() if isinstance(part, AdapterLinear))
-        kinds.setdefault((name.rpartition(".")[0], attention, shapes, resident), []).append(index)
-    firsts = [indices[0] for indices in kinds.values()]
+        kinds[name.rpartition(".")[0], attention, shapes, resident].append(index)
+    firsts = [first for first, *_ in kinds.values()]
     base = _seen(model, setup, firsts)
-    counts = [len(indices) for indices in kinds.values()]
     more = [_seen(model, setup, sorted([*firsts, first])) for first in firsts]
-
-    def each(key: str) -> list[float]:
-        """By kind, of one layer."""
-        return [getattr(one, key) - getattr(base, key) for one in more]
-
-    def together(key: str) -> float:
-        """Of all layers."""
-        return sum(size * count for size, count in zip(each(key), counts, strict=True))
-
+    checkpoints = setup.config.model.activation_checkpointing
     tokens = setup.config.tokens_per_micro_batch
-    ends = base.kept - sum(each("kept"))  # bytes that are not kept by layers
-    repeated = _repeated(model, setup)
-    of_layers = "compiled" if setup.compiles else "kept"
-    if setup.config.model.activation_checkpointing:
-        kept, again = ends + base.passed + base.boundary * len(layers), max(each(of_layers)) + repeated
-    else:
-        kept, again = ends + together(of_layers) + repeated * len(layers), 0.0
+
+    def each(what: str) -> list[float]:
+        """Of one layer, by kind."""
+        return [getattr(one, what) - getattr(base, what) for one in more]
+
+    def together(what: str) -> float:
+        """Of all layers."""
+        return sum(size * len(indices) for size, indices in zip(each(what), kinds.values(), strict=True))
+
+    kept_by_layers = "compiled" if setup.compiles else "kept"
+    kept = base.kept - sum(each("kept"))  # what is not kept by layers
+    kept += base.boundary * len(layers) if checkpoints else together(kept_by_layers)
+    again = max(each(kept_by_layers)) if checkpoints else 0
     loss = base.at_loss - base.kept
     if setup.on_gpu and base.fused:
         loss = _loss_on_gpu(model.get_output_embeddings().weight, tokens, setup)
     return Pass(
         kept=kept,
-        at_loss=kept + loss,
-        in_backward=kept + again + max(base.in_backward, base.at_end) - base.kept,
-        at_end=base.at_end + max(each(of_layers)) - max(each("kept")) + repeated,
-        layer=max(each(of_layers)) + repeated,
-        flops=Flops(
-            (base.flops - sum(each("flops")) + together("flops")) / tokens,
-            together("forward") / tokens if setup.config.model.activation_checkpointing else 0.0,
-        ),
+        most=kept + max(loss, again + max(base.in_backward, base.at_end) - base.kept),
+        at_end=base.at_end + max(each(kept_by_layers)) - max(each("kept")),
+        flops=(base.flops - sum(each("flops")) + together("flops")) / tokens,
+        recomputed=together("forward_flops") / tokens if checkpoints else 0.0,
     )
 
 
-def _repeated(model: PreTrainedModel, setup: Setup) -> int:
-    """Bytes of the keys and values that attention without a mask repeats in a layer on a GPU, if it is not flash."""
-    config = setup.config
-    flash = flash_supports(head_width(model.config), torch.bfloat16 if setup.bf16 else torch.float32)
-    if not setup.on_gpu or flash or config.data.masks_documents or config.model.attention == "eager":
-        return 0
-    heads = getattr(model.config, "num_attention_heads", 0)
-    fewer = heads - (getattr(model.config, "num_key_value_heads", None) or heads)
-    return 2 * fewer * head_width(model.config) * setup.width * config.tokens_per_micro_batch
+_KNOWN: dict[Any, _Seen] = {}
 
 
 def _seen(model: PreTrainedModel, setup: Setup, chosen: Sequence[int]) -> _Seen:
@@ -287,88 +260,86 @@ def _seen(model: PreTrainedModel, setup: Setup, chosen: Sequence[int]) -> _Seen:
         *(dtype, masked, eager, shape, *chosen),
     )
     if key not in _KNOWN:
-        _KNOWN[key] = _run(_with_layers(model, chosen), dtype, shape, masked=masked, eager=eager)
+        small = _with_layers(model, chosen)
+        if eager:
+            small.set_attn_implementation("eager")
+        _KNOWN[key] = _run(small, dtype, shape, masked=masked)
     return _KNOWN[key]
 
 
-def _run(lm: PreTrainedModel, dtype: torch.dtype, shape: tuple[int, int], *, masked: bool, eager: bool) -> _Seen:
+def _run(lm: PreTrainedModel, dtype: torch.dtype, shape: tuple[int, int], *, masked: bool) -> _Seen:
     """Runs forward and backward of a small model."""
-    if eager:
-        lm.set_attn_implementation("eager")
+    watch = Watch()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         put_values(lm, {name: torch.empty(p.shape, dtype=dtype) for name, p in lm.named_parameters()})
         for _, adapter in adapter_layers(lm):
             adapter.pack()
             adapter.keep_merged()
+            if adapter.merged_weight is not None:
+                watch.add(adapter.merged_weight)
     trained = LossModel(lm)
     trained.train()
-    head = lm.get_output_embeddings().weight
-    known = {_key(tensor) for tensor in (*lm.parameters(), *lm.buffers())}
-    known |= {_key(adapter.merged_weight) for _, adapter in adapter_layers(lm) if adapter.merged_weight is not None}
-    watch = Watch(known)
+    for tensor in (*lm.parameters(), *lm.buffers()):
+        watch.add(tensor)
+    watch.now = watch.most = 0  # weights are counted elsewhere
+    phases: list[int] = []
     boundaries: list[int] = []
-    passed: dict[int, int] = {}  # sizes of the other arguments of layers
-    for _, layer in decoder_layers(lm):
-        layer.register_forward_pre_hook(
-            lambda _, args, given: _mark(watch, boundaries, passed, args, given), with_kwargs=True
-        )
-    decoder_layers(lm)[0][1].register_forward_hook(lambda _, args, out: ends_with(out))
+    saved: set[Made] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if made := watch.of(tensor):
+            saved.add(made)
+        return tensor
+
+    def next_phase(*_: Any) -> None:
+        phases.append(watch.most)
+        watch.most = watch.now
+
+    def enter(_: Any, args: Any, given: Any) -> None:
+        x = args[0] if args else given["hidden_states"]
+        boundaries.append(x.nbytes)
+        if made := watch.of(x):
+            made.sources = {made}  # a compiled layer gets its input as it is
+
+    def leave_first(_: Any, args: Any, out: Any) -> None:
+        (out if isinstance(out, Tensor) else out[0]).register_hook(next_phase)
+
+    layers = [layer for _, layer in decoder_layers(lm)]
+    for layer in layers:
+        layer.register_forward_pre_hook(enter, with_kwargs=True)
+    layers[0].register_forward_hook(leave_first)
     # as if the embeddings trained, without their gradient
     lm.get_input_embeddings().register_forward_hook(
         lambda _, args, out: out.detach() + torch.zeros((), requires_grad=True)
     )
     for parameter in lm.parameters():
-        if parameter is not head and parameter.requires_grad:
+        if parameter is not lm.get_output_embeddings().weight and parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)  # the gradients are counted elsewhere
-    saved: set[int] = set()
-
-    def keep(tensor: Tensor) -> Tensor:
-        if (number := watch.number(tensor)) is not None:
-            saved.add(number)
-        return tensor
-
-    phases: list[int] = []
-
-    def ends_with(out: Any) -> None:
-        """Lets the backward of the first layer be a phase of its own."""
-        (out if isinstance(out, Tensor) else out[0]).register_hook(lambda _: next_phase())
-
-    def next_phase() -> None:
-        phases.append(watch.most)
-        watch.most = watch.now
-
     with fake, watch:
         ids = torch.zeros(shape, dtype=torch.int64)
         documents = torch.zeros(2, dtype=torch.int32) if masked else None
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = trained(ids, ids, documents, float(ids.numel()))
-        kept, forward = watch.now, watch.flops
+        kept, forward_flops = watch.now, watch.flops
         next_phase()
         loss.backward(torch.tensor(1.0))  # a number that the loss can read
     next_phase()
-    compiled = kept - watch.bytes_of(saved) + watch.bytes_of(watch.compiled(saved))
     at_loss, in_backward, at_end = phases
     return _Seen(
-        *(kept, compiled, at_loss, in_backward, at_end, watch.flops, forward),
+        kept=kept,
+        compiled=kept - size_of(saved) + size_of(set().union(*(made.kept for made in saved))),
+        at_loss=at_loss,
+        in_backward=in_backward,
+        at_end=at_end,
+        forward_flops=forward_flops,
+        flops=watch.flops,
         boundary=max(boundaries),
-        passed=sum(size for number, size in passed.items() if number not in saved),
         fused=trained.scale is not None,
     )
 
 
 def _forget(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _mark(watch: Watch, sizes: list[int], passed: dict[int, int], args: Any, given: Any) -> None:
-    """Notes the input of a layer, which a compiled layer gets as it is, and what else it is given."""
-    x = args[0] if args else given["hidden_states"]
-    sizes.append(x.nbytes)
-    if (number := watch.number(x)) is not None:
-        watch.sources[number] = {number}
-    for value in tree_iter((args, given)):
-        if isinstance(value, Tensor) and value is not x and (number := watch.number(value)) is not None:
-            passed[number] = value.nbytes
 
 
 def _loss_on_gpu(head: Tensor, tokens: int, setup: Setup) -> int:
@@ -383,22 +354,12 @@ def _loss_on_gpu(head: Tensor, tokens: int, setup: Setup) -> int:
 def _with_layers(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel:
     """A copy with only these decoder layers, some of them several times."""
     layers = decoder_layers(model)
-    lists: dict[str, list[int]] = {}
-    for index, (name, _) in enumerate(layers):
-        lists.setdefault(name.rpartition(".")[0], []).append(index)
-    whole = {name: model.get_submodule(name)._modules for name in lists}
-    try:
-        for name, inside in lists.items():
-            some = [layers[index][1] for index in chosen if index in inside]
-            model.get_submodule(name)._modules = dict(zip(map(str, range(len(some))), some, strict=True))
-        small = copy.deepcopy(model)
-    finally:
-        for name, modules in whole.items():
-            model.get_submodule(name)._modules = modules
-    for name in lists:
-        container = small.get_submodule(name)._modules
-        shared = {id(small.config): small.config}
-        container.update({key: copy.deepcopy(layer, dict(shared)) for key, layer in container.items()})  # none twice
+    # a layer in the second argument counts as copied
+    small = copy.deepcopy(model, {id(layer): layer for _, layer in layers})
+    for container in {name.rpartition(".")[0] for name, _ in layers}:
+        some = [layers[index][1] for index in chosen if layers[index][0].rpartition(".")[0] == container]
+        copies = [copy.deepcopy(layer, {id(model.config): small.config}) for layer in some]
+        small.get_submodule(container)._modules = {str(index): layer for index, layer in enumerate(copies)}
     if getattr(small.config, "layer_types", None):
         small.config.layer_types = [small.config.layer_types[index] for index in chosen]
     small.config.num_hidden_layers = len(chosen)

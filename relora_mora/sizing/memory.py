@@ -1,36 +1,5 @@
-"""The memory of one device, part by part: formulas from shapes, and activations that ``measure.py`` measures.
+"""The memory of one device, part by part: formulas from the sources of DeepSpeed 0.19, and measured activations.
 
-Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in bf16, 4 in fp32).
-
-The formulas follow the sources of DeepSpeed 0.19 and transformers 5.24:
-
-==============  ======================================================================================================
-part            bytes
-==============  ======================================================================================================
-weights         b (T + F); stage 3: b (T + F) / N. If weights under adapters are stored in 8 bits, each output feature
-                of in weights takes in + 4 bytes
-merged          ``W + delta`` of resident linears, stored as W is, from the first forward to the last backward of a step
-gathered        stage 3: forward gathers other ranks' weights and keeps them for backward (because of DeepSpeed's
-                default reuse distance), the bytes of T + F, at most those of ``stage3_max_live_parameters``
-                parameters; parameters of at most
-                ``stage3_param_persistence_threshold`` elements always stay gathered
-masters         float32 copies of the trainable parameters: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at
-                stages 1-3 DeepSpeed clones them even if the parameters are float32 already
-optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers: ``work.py``
-gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T, which
-                stays. Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N, which stays at
-                stage 3. An fp32 step at stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes per
-                element of the parameter groups that it reduces at once (until these have more than 500 M elements), and
-                4 more bytes if there are several of these groups
-buffers         one bucket of ``reduce_bucket_size`` elements of b bytes at stages 2 and 3, and at 1 in fp32; with
-                ``overlap_comm`` a second one at stages 1 and 2
-activations     measured (``measure.py``)
-scratch         at the loss and in backward: measured. In the step: the workspace of a matrix optimizer (``work.py``)
-==============  ======================================================================================================
-
-A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. With a GPU
-the copy is pinned, and torch rounds its bytes up to a power of two. The first rank reads all of ``model.init_from`` in
-float32, 4 bytes per parameter without adapters, until weights and copies are filled.
 The CUDA context, fragmentation and the Python process itself are not counted.
 """
 
@@ -58,12 +27,14 @@ PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "
 class Memory:
     """Bytes on one device at the peak of a step, and bytes of a rank in host memory.
 
+    ``merged``: ``W + delta`` of resident layers. ``gathered``: weights of other ranks at stage 3. ``masters``: float32
+    copies of what trains. ``buffers``: buckets of the reduction. ``scratch``: what lives for a moment.
     ``host_base``: the float32 copies of frozen weights. ``host_checkpoint``: masters and moments on their way to disk;
     pinned memory for them may take twice as much. ``host_start``: the initial weights on the first rank, until they
     have been copied to their places.
     """
 
-    phase: str  # loss | backward's start | backward's end | reduction | step
+    phase: str = "between steps"
     weights: float
     merged: float = 0
     gathered: float
@@ -83,25 +54,26 @@ class Memory:
 
 
 def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
-    """Memory of one device at the peak of a step: the largest of its phases (see ``Memory.phase``)."""
+    """Memory of one device at the peak of a step: the largest of its phases."""
     state = state_memory(model, setup)
     gradients = gradient_memory(group_sizes(model, setup.config.optim), setup)
     before = gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps
-    merged = merged_memory(model, setup)
-    live = replace(state, merged=merged, gradients=before, gathered=max(state.gathered, gathered_memory(model, setup)))
+    scratch = work.scratch_bytes(model, setup)
+    gathered = max(state.gathered, gathered_memory(model, setup))
     seen = measure(model, setup)
+    until_reduced = replace(state, merged=merged_memory(model, setup))
     phases = [
-        replace(live, phase="loss", activations=seen.kept, scratch=seen.at_loss - seen.kept),
-        replace(live, phase="backward's start", activations=seen.kept, scratch=seen.in_backward - seen.kept),
         replace(
-            state,
-            phase="backward's end",
-            merged=merged,
-            gradients=gradients.after_backward,
-            activations=seen.at_end,
+            until_reduced,
+            phase="backward",
+            gathered=gathered,
+            gradients=before,
+            activations=seen.kept,
+            scratch=seen.most - seen.kept,
         ),
-        replace(state, phase="reduction", merged=merged, gradients=gradients.in_reduction),
-        replace(state, phase="step", gradients=gradients.in_step, scratch=work.scratch_bytes(model, setup)),
+        replace(until_reduced, phase="end of backward", gradients=gradients.after_backward, activations=seen.at_end),
+        replace(until_reduced, phase="reduction", gradients=gradients.in_reduction),
+        replace(state, phase="step", gradients=gradients.in_step, scratch=scratch),
     ]
     return max(phases, key=lambda memory: memory.device)
 
@@ -109,30 +81,31 @@ def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
 def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     """The state that stays between steps, without gradients."""
     counts = count_parameters(model)
-    stage = setup.stage
-    defaults = zero_defaults(stage, setup.world_size, counts.trainable, on_gpu=setup.on_gpu)
-    bucket = min(counts.trainable, setup.zero("reduce_bucket_size", defaults["reduce_bucket_size"]))
+    stage, trained = setup.stage, counts.trainable
+    defaults = zero_defaults(stage, setup.world_size, trained, on_gpu=setup.on_gpu)
+    bucket = min(trained, setup.zero("reduce_bucket_size", defaults["reduce_bucket_size"]))
     overlaps = stage < 3 and setup.zero("overlap_comm", defaults.get("overlap_comm", False))
+    # stage 1 in bf16 reduces without a bucket; the next one is filled while one is sent
     buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not setup.bf16) else 0
+    optim = setup.config.optim
     return Memory(
-        phase="between steps",
         weights=weight_bytes(model, setup) / setup.weight_sharers,
         gathered=setup.width * setup.persistent(model) if setup.weight_sharers > 1 else 0,
-        masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
-        optimizer=work.state_bytes(model, setup.config.optim, setup.sharers),
+        # DeepSpeed clones them at stages 1-3 even if the parameters are float32 already
+        masters=4 * trained / setup.sharers if setup.bf16 or stage > 0 else 0,
+        optimizer=work.state_bytes(model, optim, setup.sharers),
         buffers=setup.width * bucket * buckets,
         host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
-        host_checkpoint=4 * counts.trainable / setup.world_size
-        + work.state_bytes(model, setup.config.optim, setup.world_size),
+        host_checkpoint=4 * trained / setup.world_size + work.state_bytes(model, optim, setup.world_size),
         host_start=0 if setup.config.model.init_from is None else 4 * counts.total,
     )
 
 
 def weight_bytes(model: PreTrainedModel, setup: Setup) -> int:
     """Bytes of all parameters as the model computes with them."""
-    counts = count_parameters(model)
+    every = sum(parameter.numel() for parameter in model.parameters())
     saved = sum(setup.width * layer.weight.numel() - stored_bytes(layer, setup) for _, layer in adapter_layers(model))
-    return setup.width * (counts.trainable + counts.frozen) - saved
+    return setup.width * every - saved
 
 
 def stored_bytes(layer: AdapterLinear, setup: Setup) -> int:
@@ -147,7 +120,7 @@ def merged_memory(model: PreTrainedModel, setup: Setup) -> float:
 
 
 def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
-    """Bytes of gathered weights at stage 3 when they are largest, at the end of forward."""
+    """Bytes of gathered weights at stage 3 when they are largest, at the end of forward: backward uses them again."""
     if setup.weight_sharers == 1:
         return 0
     every = sum(parameter.numel() for parameter in model.parameters())
@@ -158,7 +131,7 @@ def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
 def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> float:
     """Bytes of float32 copies on the rank with the most; the i-th frozen weight belongs to rank i mod world size."""
     sizes = [4 * parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
-    if pinned:
+    if pinned:  # torch rounds up to a power of two
         sizes = [1 << (size - 1).bit_length() for size in sizes]
     return max(sum(sizes[rank::world_size]) for rank in range(world_size))
 
@@ -183,24 +156,24 @@ def group_sizes(model: PreTrainedModel, optim: OptimConfig) -> list[int]:
 def gradient_memory(groups: Sequence[int], setup: Setup) -> GradientMemory:
     """``groups``: the number of elements of each parameter group, in the optimizer's order."""
     stage = setup.stage
-    bf16 = setup.bf16
-    whole = 4 * sum(groups)
+    whole = 4 * sum(groups)  # in float32
     part = whole / setup.world_size
-    if stage == 0 and bf16:
+    if stage == 0 and setup.bf16:
         return GradientMemory(0, whole / 2, whole / 2, whole / 2, 1.5 * whole)
     if stage == 0:
         return GradientMemory(0, whole, whole, whole, whole)
-    if stage == 1 and bf16:
+    if stage == 1 and setup.bf16:  # the float32 sums stay between steps
         held = 1.5 * whole
         return GradientMemory(whole, held, held, held + _reduction_copies(groups), held)
-    in_step = part if bf16 else 2 * part
+    in_step = part if setup.bf16 else 2 * part
     if stage == 1:
         return GradientMemory(0, whole, part, part, in_step)
     return GradientMemory(part if stage == 3 else 0, part, part, part, in_step)
 
 
 def _reduction_copies(groups: Sequence[int]) -> int:
-    """Bytes that DeepSpeed copies at a time (``DeepSpeedEngine.allreduce_no_retain``)."""
+    """Bytes that DeepSpeed copies at a time (``DeepSpeedEngine.allreduce_no_retain``): in bf16, and again if several
+    groups are joined in float32."""
     together: list[list[int]] = [[]]
     for size in groups:
         if sum(together[-1]) > REDUCED_TOGETHER:

@@ -1,21 +1,8 @@
-"""The work of a step, and the optimizer's state, computed from shapes; nothing is allocated.
+"""The optimizer's state and the work of its step, computed from shapes; nothing is allocated.
 
-The optimizer: if matrices have their own rule (``optim.matrices``, ``optim.others``), T counts their parameters, N the
-ranks, and O the parameters of the matrices that the busiest rank updates: T / N, or the largest matrix if that is more,
-as with embeddings and head on more than two ranks:
-
-========  ============================================================================================================
-state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon. 8-bit AdamW keeps 2 bytes for each element,
-          and 8 for each block of a row; a rule of one's own keeps what its state_shapes say. At stages 1-3 a rank has
-          1 / N of the moments, and the rest for O
-products  the rule's FLOPs for each matrix, on one rank; at stage 0 on every rank
-exchange  stage 3: 4 T / N bytes of a rank's pieces go to the owners of the matrices, and 4 T / N come back. Stages 1
-          and 2 exchange matrices of more than T / N elements, and some at the borders between ranks, which are not
-          counted
-scratch   the whole matrices of a rank that were cut, 4 O; and the rule's workspace for the matrices that it updates at
-          once, with their copies if there are several, or what is sent and received, 4 T / N + 4 O, if that is more.
-          Rules take turns
-========  ============================================================================================================
+A rule for whole matrices (``optim.matrices``, ``optim.others``) updates each on one rank, at stage 0 on every rank. So
+the rank with the largest matrix may have more than its share. ZeRO cuts matrices at borders between ranks, at stage 3
+all of them: a step sends the pieces of a matrix to its owner, and 4 bytes of each element back.
 """
 
 import math
@@ -65,24 +52,27 @@ def product_flops(model: PreTrainedModel, optim: OptimConfig) -> float:
 
 
 def exchanged_bytes(model: PreTrainedModel, setup: Setup) -> float:
-    """Bytes that a rank gives to the exchanges of cut matrices in a step, averaged over the ranks."""
+    """Bytes that a rank gives to the exchanges of cut matrices in a step, averaged over the ranks.
+
+    Below stage 3, matrices that are cut only because they are at a border are not counted.
+    """
     every = _matrices(model, setup.config.optim).values()
     return sum(8 * sum(_cut_sizes(shapes, setup)) for shapes in every) / setup.world_size
 
 
 def scratch_bytes(model: PreTrainedModel, setup: Setup) -> float:
-    """Bytes of temporary memory while matrices are updated."""
-    on_gpu = setup.on_gpu
+    """Bytes of temporary memory while matrices are updated: those that were cut, now whole, and the largest of the
+    rules' workspaces or of what is sent and received."""
     needed = [0.0]
     for rule, shapes in _matrices(model, setup.config.optim).items():
-        largest = 0.0
+        workspaces = []
         for shape in set(shapes):
-            count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
+            count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=setup.on_gpu))
             copied = 4 * shape.numel() if count > 1 else 0
-            largest = max(largest, count * (copied + rule.workspace_bytes(*shape, on_gpu=on_gpu)))
+            workspaces.append(count * (copied + rule.workspace_bytes(*shape, on_gpu=setup.on_gpu)))
         cut = _cut_sizes(shapes, setup)
         whole = 4 * _largest_share(cut, setup.world_size)
-        needed.append(whole + max(largest, 4 * sum(cut) / setup.world_size + whole))
+        needed.append(whole + max(*workspaces, 4 * sum(cut) / setup.world_size + whole))
     return max(needed)
 
 
@@ -104,6 +94,7 @@ def _largest_share(sizes: Sequence[float], ranks: int) -> float:
 
 
 def _trained(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    """The group and size of each parameter that trains; a matrix of an adapter counts as one of a linear."""
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return ((group_of(name, p.shape), p.numel()) for name, p in trained)
 

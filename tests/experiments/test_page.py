@@ -12,7 +12,6 @@ import pytest
 
 from relora_mora.experiments.compare.groups import group_runs
 from relora_mora.experiments.compare.runs import read_runs
-from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
@@ -83,23 +82,3 @@ def test_perplexities_are_those_of_kept_runs(table: Table) -> None:
     for row in table.rows:
         for numbers in table.of_one_method(row):
             assert any(numbers <= of_method for of_method in kept()), f"{sorted(numbers)} of {row}"
-
-
-def ratios(table: Table) -> list[list[tuple[float, float]]]:
-    """(perplexity, ratio) of the rows, for each column of ratios; that of the perplexities is next to it."""
-    columns = [at for at, name in enumerate(table.header) if name.startswith("ratio")]
-    with_both = [[row for row in table.rows if row[at - 1] and row[at]] for at in columns]
-    return [
-        [(float(PERPLEXITY.findall(row[at - 1])[0]), float(row[at])) for row in rows]
-        for at, rows in zip(columns, with_both, strict=True)
-    ]
-
-
-@each("table", [table for table in TABLES if ratios(table)])
-def test_ratios_follow_from_perplexities(table: Table) -> None:
-    for found in ratios(table):
-        assert len(found) > 1
-        references = [perplexity for perplexity, ratio in found if ratio == 1]
-        for perplexity, ratio in found:
-            rounding = 0.0005 + 0.05 * (1 + ratio) / min(references)
-            assert any(abs(perplexity / each - ratio) <= rounding for each in references), (perplexity, ratio)

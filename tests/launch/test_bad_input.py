@@ -75,7 +75,7 @@ def test_a_missing_package_is_not_a_traceback() -> None:
         ("model.config={}/rubbish", "model.config: not JSON"),
         ("model.overrides.num_attention_heads=7", "number of attention heads (7)"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
-        ("method.square_size=41", "method.square_size: R of 41 is larger than both widths of"),
+        ("method.square_size=41", "method.square_size: the adapters have 23,534 parameters, more than the"),
     ],
 )
 def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
@@ -114,7 +114,6 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: 
             "only 299 (vocab_size); set --model.overrides.vocab_size=300, or use a smaller",
         ),
         ("method.rank=15", "have 10,808 parameters, more than the 10,368 of their weights; lower it"),
-        ("method.rank_pattern={{k_proj: 14}}", "method.rank_pattern: R of 25 is larger than both widths of k_proj (24"),
         ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),
     ],
 )

@@ -80,8 +80,7 @@ def found(printed: str) -> dict[str, Any]:
 def test_every_field_is_reported_and_the_first_is_the_reference(found: dict[str, Any], printed: str) -> None:
     assert list(found) == list(METHODS)
     for name, values in found.items():
-        assert min(values["step_seconds"], values["processor_seconds"]) > 0
-        assert values["page_faults"] >= 0
+        assert values["step_seconds"] > 0
         assert 5 < values["loss"] < 8
         assert values["bytes_sent"] == 0
         assert values["bytes_at_peak"] > values["bytes_held"]

@@ -78,20 +78,33 @@ def test_the_tables_in_the_documents_match_the_records(monkeypatch: pytest.Monke
     assert not kept
 
 
+def test_what_is_not_a_run_is_left_out_by_name(runs: list[Path], tmp_path: Path) -> None:
+    """A pattern such as runs/* may match exports, and runs that have only begun."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/config.json").write_text("{}")
+    begun = write_run(tmp_path / "begun", LOSSES)
+    (begun / "metrics.jsonl").unlink()
+    (tmp_path / "log.txt").write_text("some words\n")
+    others = (tmp_path / "export", begun, tmp_path / "log.txt")
+    answer = call(COMPARE, others[0], *runs, *others[1:])
+    assert answer.code == 0
+    assert answer.out == call(COMPARE, *runs).out
+    for path, line in zip(others, answer.err.splitlines(), strict=True):
+        assert line.startswith(f"left out: {path}")
+
+
 def test_bad_input_gives_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE), "no runs given")
-    refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: not a run folder")
+    refused(call(COMPARE, tmp_path / "none", tmp_path), "none: not a run folder", f"{tmp_path}: not a run folder")
     refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "not a run folder")
     refused(call(COMPARE, runs[0], f"--against={runs[1] / 'metrics.jsonl'}"), "not a run folder")
     other = write_run(tmp_path / "other", LOSSES, sets=["web"])
     refused(call(COMPARE, runs[0], other), "no validation set in common")
-    (runs[1] / "metrics.jsonl").unlink()
-    refused(call(COMPARE, *runs), "no metrics yet")
     (tmp_path / "file").write_text("")
     refused(call(COMPARE, tmp_path / "file"), "has no run")
-    (tmp_path / "file").write_text("{}")
-    refused(call(COMPARE, runs[0], tmp_path / "file"), "line 1: not a record of a run")
-    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "is a file, expected a folder")
+    (tmp_path / "cells.jsonl").write_text("{}")
+    refused(call(COMPARE, runs[0], tmp_path / "cells.jsonl"), "line 1: not a record of a run")
+    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), f"{tmp_path / 'file'}: File exists")
 
 
 def test_without_matplotlib_the_table_is_written(

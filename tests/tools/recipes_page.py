@@ -50,7 +50,7 @@ def largest(card: str, method: str, *flags: str) -> tuple[list[str], Plan]:
 
 def _fits(words: list[str], card: str) -> bool:
     plan = planned(words, card)
-    return bool(plan.fits(plan.zero_stage))
+    return bool(plan["memory"][plan["zero_stage"]]["fits"])
 
 
 def command(words: list[str], card: str) -> str:
@@ -64,15 +64,16 @@ def command(words: list[str], card: str) -> str:
 
 def row(title: str, words: list[str], plan: Plan) -> str:
     """A row of a table: what the plan of the command's ``words`` says."""
-    train = plan.config.train
-    memory = plan.at(train.zero_stage).memory
+    memory = plan["memory"][plan["zero_stage"]]
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
     start = words[0].removeprefix("paper_").rpartition("_")[0]
-    model = next((word.partition("=")[2] for word in words if "model.config" in word), f"llama_{start}")
-    again = "*" * plan.config.model.activation_checkpointing
-    hours = 1e9 / plan.tokens_per_second / 3600
-    sizes = (memory.device, memory.host_base * plan.cluster.world_size)
-    cells = [title, f"`{model}`", f"{train.micro_batch_size}{again}", *(f"{size / 2**30:.1f}" for size in sizes)]
-    return f"| {' | '.join([*cells, f'{hours:,.1f}', f'{plan.seconds / 86400:,.1f}'])} |"
+    model = flags.get("model.config", f"llama_{start}")
+    again = "*" * ("model.activation_checkpointing" in flags)
+    hours, days = 1e9 / plan["tokens_per_second"] / 3600, plan["seconds"] / 86400
+    sizes = (memory["device"], memory["host_base"] * plan["world_size"])
+    micro = flags.get("train.micro_batch_size", "16")
+    cells = [title, f"`{model}`", f"{micro}{again}", *(f"{size / 2**30:.1f}" for size in sizes)]
+    return f"| {' | '.join([*cells, f'{hours:,.1f}', f'{days:,.1f}'])} |"
 
 
 def generated() -> str:

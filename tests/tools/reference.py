@@ -41,7 +41,9 @@ class PlainRun:
         seed = config.train.seed
         lm = self.lm = AutoModelForCausalLM.from_config(read_model_config(config.model), attn_implementation="eager")
         with torch.no_grad():
-            values = initial_values(empty_model(model_config), [name for name, _ in lm.named_parameters()], seed)
+            values = initial_values(
+                empty_model(read_model_config(config.model)), [name for name, _ in lm.named_parameters()], seed
+            )
             for name, parameter in lm.named_parameters():
                 parameter.copy_(values[name])
         if self.method.uses_adapters:

@@ -34,6 +34,7 @@ PAPER: Any = {
 WIDTH = 7.0  # inches, the text width of a page
 LETTERS = 100  # in a line of this width
 LABEL_LETTERS = 40  # in a line next to a panel
+LINE = 0.15  # inches
 
 
 def styles() -> Iterator[dict[str, Any]]:
@@ -49,7 +50,7 @@ def png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def figures_of(groups: Sequence[Group], against: Group | None = None) -> dict[str, bytes]:
+def figures_of(groups: Sequence[Group], against: Group) -> dict[str, bytes]:
     """The figures of a comparison by the names of their files."""
     return {
         "loss_by_tokens.png": png(loss_figure(groups)),
@@ -77,34 +78,27 @@ def loss_figure(groups: Sequence[Group]) -> Figure:
 
 
 @matplotlib.rc_context(PAPER)
-def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
+def perplexity_figure(groups: Sequence[Group], against: Group) -> Figure:
     """The last perplexity of each run as a dot and each group's mean as a stroke, in a panel for each held-out set.
 
-    The group with the lowest perplexity on the last set is at the top. The dashed line is the mean of ``against``, by
-    default the first group. If other groups are larger, the label of a group with one run says so.
+    The group with the lowest perplexity on the last set is at the top. The dashed line is the mean of ``against``.
     """
     sets = common_sets(groups)
-    against = against or groups[0]
     rows = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(each[0].perplexities(sets[-1])))
-    several = any(len(group.runs) > 1 for group in groups)
-    one = " (1 seed)" if several else ""
-    labels = [_caption(group, one if len(group.runs) == 1 else "", LABEL_LETTERS) for group, _ in rows]
-    heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
-    places = np.cumsum(heights) - heights / 2
-    line = textwrap.fill(f"dashed: {against.label}", LETTERS)
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * (heights.sum() + line.count("\n"))), layout="constrained")
+    labels = [_caption(group, LABEL_LETTERS) for group, _ in rows]
+    row_height = LINE * (max(label.count("\n") for label in labels) + 1.6)
+    figure = Figure(figsize=(WIDTH, 0.8 + row_height * len(rows)), layout="constrained")
     panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, sets, strict=True):
-        reference = np.mean(against.perplexities(name))
-        panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
-        for place, (group, style) in zip(places, rows, strict=True):
+        panel.axvline(np.mean(against.perplexities(name)), color="#777777", linestyle="--", linewidth=1.0, zorder=1)
+        for place, (group, style) in enumerate(rows):
             values = group.perplexities(name)
             panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
             panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
         panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
-    panels[0].set_yticks(places, labels)
-    panels[0].set_ylim(heights.sum(), 0)  # the first row at the top
-    figure.supxlabel(line, fontsize="medium")
+    panels[0].set_yticks(range(len(rows)), labels)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row at the top
+    figure.supxlabel(textwrap.fill(f"dashed: {against.label}", LETTERS), fontsize="medium")
     return figure
 
 
@@ -112,8 +106,9 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
 def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Mapping[str, Sequence[float]]]) -> Figure:
     """Each group's singular values, descending, in a panel for each kind of projection."""
     kinds = list(spectra[0])
-    figure = _with_legend(3.6, groups)
-    panels: Any = figure.subplots(2, 4, sharey=True)
+    rows = -(-len(kinds) // 4)
+    figure = _with_legend(1.8 * rows, groups)
+    panels: Any = figure.subplots(rows, 4, sharey=True, squeeze=False)
     for panel, kind in zip(panels.flat, kinds, strict=False):
         for of_group, style in zip(spectra, styles(), strict=False):
             values = of_group[kind]
@@ -130,18 +125,17 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Mapping[str, Sequ
     return figure
 
 
-def _caption(group: Group, seeds: str, width: int) -> str:
+def _caption(group: Group, width: int) -> str:
+    seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
     state = f" [{group.state}]" if group.state else ""
     return textwrap.fill(f"{group.label}{seeds}{state}", width)
 
 
 def _with_legend(height: float, groups: Sequence[Group]) -> Figure:
     """A figure with this height for panels, in inches, and a legend of the groups below it."""
-    seeds = [f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "" for group in groups]
-    names = [_caption(group, words, LETTERS) for group, words in zip(groups, seeds, strict=True)]
-    columns = 1 if max(map(len, names)) > LETTERS / 2 - 8 else 2
-    lines = sum(name.count("\n") + 1 for name in names) / columns
+    names = [_caption(group, LETTERS) for group in groups]
+    lines = sum(name.count("\n") + 1 for name in names)
     figure = Figure(figsize=(WIDTH, height + 0.2 * (lines + 1)), layout="constrained")
     handles = [Line2D([], [], **style) for _, style in zip(names, styles(), strict=False)]
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=4)
+    figure.legend(handles, names, loc="outside lower center", handlelength=4)
     return figure

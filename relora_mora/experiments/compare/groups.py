@@ -1,5 +1,6 @@
 """Groups runs that differ only in their seeds."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -136,20 +137,19 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
     runs = [run for group in groups for run in group.runs]
     common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
     if not common:
-        evaluated = [", ".join(map(set_title, run.validation_sets)) or "no evaluation yet" for run in runs]
-        listed = "; ".join(f"{runs[evaluated.index(sets)].folder}: {sets}" for sets in dict.fromkeys(evaluated))
+        sets = {", ".join(map(set_title, run.validation_sets)) or "no evaluation yet": run.folder for run in runs[::-1]}
+        listed = "; ".join(f"{folder}: {names}" for names, folder in reversed(sets.items()))
         raise CompareError(
             f"the runs have no validation set in common ({listed}); compare runs that have evaluated the same "
             "data.validation"
         )
-    for group in groups:
-        for name in common:
-            if group.losses(name).empty:
-                folders = ", ".join(str(run.folder) for run in group.runs)
-                raise CompareError(
-                    f"{folders}: no step with a finite loss on {set_title(name)}; leave the run out, or give seeds "
-                    "that have a step in common"
-                )
+    for group, name in itertools.product(groups, common):
+        if group.losses(name).empty:
+            folders = ", ".join(str(run.folder) for run in group.runs)
+            raise CompareError(
+                f"{folders}: no step with a finite loss on {set_title(name)}; leave the run out, or give seeds that "
+                "have a step in common"
+            )
     return common
 
 

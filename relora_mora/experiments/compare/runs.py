@@ -68,7 +68,7 @@ def _has_step(line: Any) -> bool:
     return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
-NEEDED = {"method.name": str, "train.steps": int, "train.batch_size": int, "data.sequence_length": int}
+NEEDED = {"method.name", "train.steps", "train.batch_size", "data.sequence_length"}
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,6 @@ class Run:
         tag = _tag(name, what)
         return next((line[tag] for line in reversed(self.lines) if tag in line), None)
 
-    def held_out(self, name: str) -> str:
-        """A set's text and the tokenizer, as named in the settings."""
-        validation = self.settings.get("data.validation")
-        text = validation.get(name) if name and isinstance(validation, dict) else validation
-        return json.dumps([text, self.settings.get("tokenizer.path")])
-
     @property
     def began_with(self) -> dict[str, str]:
         """Digests of the files that settings name, by setting; empty if the run has not noted them.
@@ -198,16 +192,18 @@ def read_runs(path: Path) -> list[Run]:
         path /= RECORDS
     if not path.is_file():
         return [read_run(path)]
-    runs = [_run_of_record(path, record) for record in read_records(path)]
+    file = path.with_name(path.name.removesuffix(COMPRESSED))
+    study = file.parent if file.name == RECORDS else file.with_suffix("")
+    runs = []
+    for record in read_records(path):
+        given = record["given"]
+        epochs = given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction")
+        settings = _settings(record["config"], path, *epochs)
+        folder = study / "runs" / record["name"]  # it may have been deleted
+        runs.append(Run(folder, settings, record["metrics"], record["start"]))
     if not runs:
         raise CompareError(f"{path}: has no run; give a run folder, or the cells.jsonl of a study with a finished run")
     return runs
-
-
-def is_model(folder: Path) -> bool:
-    """Whether the folder is an export and not a run; a pattern such as ``runs/*`` may match exports, too."""
-    is_export = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-    return is_export and not RunFolder(folder).config.is_file()
 
 
 def read_run(folder: Path) -> Run:
@@ -231,31 +227,18 @@ def read_run(folder: Path) -> Run:
     except (ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
     start = joined_start([*filter(None, starts)])
-    settings = _settings(tree, files.config) | _epochs_of(start.get("epochs"), start.get("warmup_fraction"))
-    return Run(folder, settings, lines, start)
+    return Run(folder, _settings(tree, files.config, start.get("epochs"), start.get("warmup_fraction")), lines, start)
 
 
-def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
-    given = record["given"]
-    settings = _settings(record["config"], path)
-    settings |= _epochs_of(given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction"))
-    file = path.with_name(path.name.removesuffix(COMPRESSED))
-    study = file.parent if file.name == RECORDS else file.with_suffix("")
-    folder = study / "runs" / record["name"]  # it may have been deleted
-    return Run(folder, settings, record["metrics"], record["start"])
+def _settings(tree: Any, source: Path, epochs: float | None, warmup_fraction: float | None) -> dict[str, Any]:
+    """All settings by dotted name; settings that are newer than the run get their defaults.
 
-
-def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str, float | None]:
-    """The epochs and warmup fraction that a run was given; its config has them converted to steps."""
-    return {"train.epochs": epochs, "optim.warmup_fraction": None if epochs is None else warmup_fraction}
-
-
-def _settings(tree: Any, source: Path) -> dict[str, Any]:
-    """All settings by dotted name; settings that are newer than the run get their defaults."""
+    The epochs and the warmup fraction are those that the run was given; its config has them converted to steps.
+    """
     sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
     given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    if not given.keys() >= NEEDED:
+        raise CompareError(f"{source}: not the settings of a run; give the train.run_dir of a run")
     defaults = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
-    for name, kind in NEEDED.items():
-        if not isinstance(given.get(name), kind):
-            raise CompareError(f"{source}: {name} is {given.get(name)}, unlike in the settings of a run")
-    return {**defaults, **given}
+    fraction = None if epochs is None else warmup_fraction
+    return {**defaults, **given, "train.epochs": epochs, "optim.warmup_fraction": fraction}

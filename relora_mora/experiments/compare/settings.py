@@ -1,7 +1,6 @@
 """The settings that affect a run's numbers, and how labels name them: methods as in papers, then what differs."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,16 +90,7 @@ def differences(compared: Sequence[Mapping[str, Any]], unnamed: Sequence[str]) -
     texts = texts_of(given)
     texts = texts.fillna({name: as_text(value) for name, value in OLD_DEFAULTS.items() if name in texts})
     names = [name for name in texts if texts[name].nunique() > 1 and name not in unnamed]
-    keys = Counter(name.partition(".")[2] for name in names)
-    labels: list[list[str]] = [[] for _ in given]
-    for name in names:
-        short = {as_text(each[name]): _shown(each[name]) for each in given if name in each}
-        in_full = len(set(short.values())) < len(short)
-        alone = keys[name.partition(".")[2]] == 1
-        for label, settings in zip(labels, given, strict=True):
-            if settings.get(name) not in (None, {}):
-                label.append(_named(name, settings[name], in_full=in_full, alone=alone))
-    return [", ".join(label) for label in labels]
+    return [", ".join(_named(name, each[name]) for name in names if each.get(name) not in (None, {})) for each in given]
 
 
 def _without_title(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,34 +100,30 @@ def _without_title(settings: Mapping[str, Any]) -> dict[str, Any]:
     return others | ({"method.operators": operators} if len(operators) == 1 else {})
 
 
-def _named(name: str, value: Any, *, in_full: bool, alone: bool) -> str:
-    """Such as ``rank 32``; matrix optimizers only by their names. ``alone``: no other section has such a key."""
+def _named(name: str, value: Any) -> str:
+    """Such as ``rank 32``; matrix optimizers only by their names."""
     if name == "optim.matrices":
         optimizer = optimizer_named(value)
         return _OLD_OPTIMIZERS.get(value, value) if optimizer is None else optimizer.title
-    section, _, key = name.partition(".")
-    title = (section if key == "name" else key if alone else f"{section} {key}").replace("_", " ")
-    text = _shown(value, full_path=in_full)
-    return f"{title} {text.removeprefix(title.rpartition(' ')[2] + ' ')}"  # not "merge every every 10"
+    title = name.partition(".")[2].replace("_", " ")
+    return f"{title} {_shown(value).removeprefix(title.rpartition(' ')[2] + ' ')}"  # not "merge every every 10"
 
 
-def _shown(value: Any, *, full_path: bool = False) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "default"}[value]
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_shown(each, full_path=full_path) for each in value)
+        return ", ".join(map(_shown, value))
     if isinstance(value, dict):
-        shown = {key: inner for key, inner in _without_defaults(value).items() if inner is not None}
-        return ", ".join(f"{key} {_shown(inner, full_path=full_path)}" for key, inner in shown.items())
-    return Path(value).stem if isinstance(value, str) and "/" in value and not full_path else str(value)
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in _without_defaults(value).items())
+    return Path(value).stem if isinstance(value, str) and "/" in value else str(value)
 
 
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without defaults if they describe a text source or its records; otherwise all values."""
-    for model, key in ((TextSource, "source"), (RecordsConfig, "kind")):
-        if key in values:
-            defaults = {name: field.get_default() for name, field in model.model_fields.items() if name != key}
-            return {name: each for name, each in values.items() if name not in defaults or each != defaults[name]}
-    return values
+    """The values that are not null and, of a text source or its records, not defaults."""
+    model = TextSource if "source" in values else RecordsConfig if "kind" in values else None
+    fields = {} if model is None else model.model_fields
+    defaults = {name: field.get_default() for name, field in fields.items() if name not in ("source", "kind")}
+    return {name: each for name, each in values.items() if each is not None and each != defaults.get(name)}

@@ -9,7 +9,7 @@ from statistics import mean
 import pandas as pd
 
 from relora_mora.experiments.compare.groups import UNKNOWN, Group, common_sets, count, set_title
-from relora_mora.experiments.compare.runs import TABLE, CompareError
+from relora_mora.experiments.compare.runs import TABLE
 from relora_mora.experiments.compare.settings import as_text
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import disk_faults_named, write_synced
@@ -21,13 +21,11 @@ COSTS = (
 LARGE = 1e7  # a perplexity that needs no decimals
 
 
-def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
-    """A row for each group, with perplexities relative to those of ``against``, by default the first group, and the
-    notes that a reader needs.
+def markdown(groups: Sequence[Group], reference: Group) -> str:
+    """A row for each group, with perplexities relative to those of ``reference``, and the notes that a reader needs.
 
     Raises :class:`CompareError` if the runs share no held-out text.
     """
-    reference = against or groups[0]
     sets = common_sets(groups)
     tokens = [int(group.runs[0].tokens(min(group.last(name)[0][0] for name in sets))) for group in groups]
     columns = {"method": [group.method for group in groups]}
@@ -88,16 +86,11 @@ def _other_content(groups: Sequence[Group]) -> list[str]:
 
 
 def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
-    """A note if a held-out set is not the same in all runs, or may not be."""
-    title = set_title(name).capitalize()
+    """A note if a held-out set is not the same in all runs."""
     firsts = [group.runs[0] for group in groups]
-    digests = {run.scored(name, "digest") for run in firsts}
-    if len(digests - {None}) > 1 or len({run.scored(name, "tokens") for run in firsts}) > 1:
-        return [f"{title}: runs were scored on different tokens; their losses are not comparable."]
-    if None in digests and len({run.held_out(name) for run in firsts}) > 1:
+    if any(len({run.scored(name, what) for run in firsts} - {None}) > 1 for what in ("digest", "tokens")):
         return [
-            f"{title}: runs name different data.validation or tokenizer.path; their losses are comparable only if "
-            "text and tokenizer are the same."
+            f"{set_title(name).capitalize()}: runs were scored on different tokens; their losses are not comparable."
         ]
     return []
 
@@ -110,12 +103,6 @@ def _spread(values: Sequence[float], spec: str) -> str:
     return shown if low == high else f"{shown} ({low}–{high})"
 
 
-def check_folder(folder: Path) -> None:
-    """Raises :class:`CompareError` if ``folder`` is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise CompareError(f"--out: {folder} is a file, expected a folder; give another path")
-
-
 def can_draw() -> bool:
     """Whether matplotlib is installed; otherwise says how to get it."""
     if importlib.util.find_spec("matplotlib") is not None:
@@ -124,7 +111,7 @@ def can_draw() -> bool:
     return False
 
 
-def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group | None = None) -> None:
+def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group) -> None:
     """Writes a table and, if matplotlib is installed, the figures of its groups."""
     files: dict[str, str | bytes] = {TABLE: table}
     if can_draw():

@@ -12,7 +12,7 @@ from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, read_tree
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.config.shipped import MODELS, SETTINGS, find_config, shipped_files
-from relora_mora.experiments.planner.plan import Plan
+from relora_mora.experiments.planner.plan import Plan, make_plan
 from relora_mora.experiments.planner.step import Cluster
 from relora_mora.model.config import check_length, read_model_config
 from relora_mora.optim.own import with_rule
@@ -31,23 +31,18 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def plan_of(
-    given: str, overrides: Mapping[str, str], cluster: Cluster, *, finetune: bool = False, **speed: Any
-) -> Plan:
-    """The plan of a run on a cluster; ``speed`` has fields of :class:`Plan`. Raises :class:`ConfigError`."""
-    settings, model_config, notes = read_run(given, overrides, world_size=cluster.world_size, finetune=finetune)
-    settings = with_rule(settings)
-    check_adapters(model_config, settings.method)
-    device = cluster.device
+def plan_of(given: str, overrides: Mapping[str, str], cluster: Cluster, *, finetune: bool = False, **how: Any) -> Plan:
+    """The plan of a run on a cluster; ``how``: arguments of :func:`make_plan`. Raises :class:`ConfigError`."""
+    config, model_config, notes = read_run(given, overrides, world_size=cluster.world_size, finetune=finetune)
+    config = with_rule(config)
+    check_adapters(model_config, config.method)
+    device, on_cpu = cluster.device, cluster.on_cpu
     is_here = device == device_here()
-    on_cpu = cluster.on_cpu
-    auto = fast_bf16() if is_here else not on_cpu
-    bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
-    if on_cpu:
-        capability = None
-    else:
-        capability = torch.cuda.get_device_capability() if is_here else device.capability
-    method, _ = with_products(settings.method, bf16=bf16, capability=capability, vnni=torch.cpu._is_vnni_supported())
+    bf16 = config.train.precision == "bf16"
+    if config.train.precision == "auto":
+        bf16 = fast_bf16() if is_here else not on_cpu
+    capability = None if on_cpu else torch.cuda.get_device_capability() if is_here else device.capability
+    method, _ = with_products(config.method, bf16=bf16, capability=capability, vnni=torch.cpu._is_vnni_supported())
     check_device(method, bf16=bf16, capability=capability)
     if on_cpu or is_here:
         rate, source = peak_flops(bf16=bf16, on_cpu=on_cpu)
@@ -55,8 +50,8 @@ def plan_of(
     else:
         name = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"
         peak = device.tflops * 1e12, f"{name}, {device.source}"
-    settings = settings.model_copy(update={"method": method})
-    return Plan(model_config, settings, cluster=cluster, bf16=bf16, peak=peak, notes=notes, **speed)
+    config = config.model_copy(update={"method": method})
+    return make_plan(model_config, config, cluster, bf16=bf16, peak=peak, notes=notes, **how)
 
 
 def read_run(
@@ -112,7 +107,6 @@ def _model_config(config: Config, notes: list[str]) -> PreTrainedConfig:
         name, changes = _SHAPES[start.name]
         notes.append(f"{start} is not on this machine: this is with the shapes of {name}; --model.config names others")
         settings = ModelConfig(config=str(find_config(name, MODELS)), overrides=changes | settings.overrides)
-    source = settings.config or str(start)
     if settings.config is not None:
         found = read_model_config(settings)
     else:
@@ -125,5 +119,6 @@ def _model_config(config: Config, notes: list[str]) -> PreTrainedConfig:
             remedy = "; or give its shapes to the plan, such as --model.config=llama_7b"
             raise ConfigError([f"{fault}{remedy}" for fault in error.faults], error.source) from None
         found = model_config_of(settings)
+    source = settings.config or str(start)
     check_length(found, config.data.sequence_length, source, separate_documents=config.data.masks_documents)
     return found

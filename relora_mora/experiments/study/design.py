@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -75,14 +75,12 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _settings_that_fit(self) -> "Study":
-        grid = [(name, values) for entry in self.grid for name, values in entry.items()]
-        named = {name for name, _ in grid}
+        named = {name for entry in self.grid for name in entry}
         faults = {
             "set by the study itself; list seeds in `seeds`, and give its folder as --out": {*self.settings, *named}
             & OWN,
-            "has an empty list; give it values, or leave it out": {name for name, values in grid if values == []},
-            "a value is itself a list; write [[1, 2]] for the single value [1, 2]": {
-                name for name, values in grid if _lacks_brackets(name, values)
+            "has an empty list; give it values, or leave it out": {
+                name for entry in self.grid for name, values in entry.items() if values == []
             },
             "chosen over, but no entry of the grid has it": set(self.choose.over if self.choose else ()) - named,
         }
@@ -92,14 +90,6 @@ class Study(Strict):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} has a duplicate; list each seed once")
         return self
-
-
-def _lacks_brackets(name: str, values: Any) -> bool:
-    """Whether the values look like several, and could be meant as one: a list, such as the sources of data.train."""
-    takes_lists = name in SETTINGS and get_origin(SETTINGS[name].annotation) in (list, tuple)
-    if name == "data.train" and isinstance(values, list):
-        takes_lists = any(isinstance(value, dict) for value in values)
-    return takes_lists and not (isinstance(values, list) and all(isinstance(value, list) for value in values))
 
 
 def read_study(path: str | Path) -> Study:

@@ -75,12 +75,12 @@ class StudyFolder:
         """
         from relora_mora.data.named_sets import with_commits  # a late import: it loads all data readers
 
-        missing = self.missing([*configs])
+        kept = self.kept()
         # a run writes its config only after it has found no fault in its settings
-        begun = (cell for cell in configs if self.run(cell).config.exists() or cell not in missing)
+        begun = (cell for cell in configs if self.run(cell).config.exists() or cell.name in kept)
         faults = [
-            f"{self.run(cell).path} was started with {changed}; remove it, {self.settings(cell)} and its line "
-            f"in {self.records}, give another --out, or put back what has changed"
+            f"{self.run(cell).path} was started with other settings ({changed}); remove it, {self.settings(cell)} and "
+            f"its line in {self.records}, give another --out, or put back what has changed"
             for cell in begun
             if (changed := self._changed_settings(cell, configs[cell]))
         ]
@@ -88,7 +88,7 @@ class StudyFolder:
             raise ValueError("\n".join(faults))
         folder = self.path / "settings"
         folder.mkdir(parents=True, exist_ok=True)
-        given = [record["given"] for record in self.kept().values()]
+        given = [record["given"] for record in kept.values()]
         given += [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
         commits = {revision: commit for tree in given for revision, commit in tree["data"].get("commits", {}).items()}
         for cell, config in configs.items():
@@ -98,21 +98,14 @@ class StudyFolder:
             write_synced(self.settings(cell), json.dumps(tree, ensure_ascii=False) + "\n")
 
     def _changed_settings(self, cell: Cell, config: Config) -> str:
-        """Describes how the settings differ from those with which the cell was started; empty if they do not."""
-        try:
-            known = stored_config(self.given(cell), "")  # newer settings get their defaults
-        except (ValueError, TypeError, KeyError):
-            return "settings that cannot be read, or that this version does not know"
+        """The settings that differ from those with which the cell was started."""
+        known = stored_config(self.given(cell), str(self.settings(cell)))  # newer settings get their defaults
         unused = unused_settings(known.by_name).keys() & unused_settings(config.by_name).keys()
         changed = {name for name, value in config.by_name.items() if value != known.by_name[name]}
-        changed -= NOT_COMPARED | unused
-        return f"other settings ({', '.join(sorted(changed))})" if changed else ""
+        return ", ".join(sorted(changed - NOT_COMPARED - unused))
 
     def given(self, cell: Cell) -> dict[str, Any]:
-        """The settings that the cell was started with.
-
-        Raises ValueError, TypeError or KeyError if they cannot be read.
-        """
+        """The settings that the cell was started with."""
         path = self.settings(cell)
         return dict(json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.kept()[cell.name]["given"])
 
@@ -172,21 +165,17 @@ def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def final_metric(record: Record, metric: str) -> float | None:
-    """The metric of the evaluation at the last step of a recorded run; None if it is not finite.
-
-    Raises ValueError if no evaluation has the metric, or if the evaluation of the last step is lost.
-    """
-    lines = [line for line in record["metrics"] if metric in line]
-    if not lines:
-        raise ValueError(f"choose: {record['name']} has no evaluation with the metric {metric}; see docs/metrics.md")
-    step, steps = lines[-1]["step"], record["config"]["train"]["steps"]
-    if step != steps:
+    """The metric at the last step of a recorded run; None if it is not finite. Raises ValueError if it is missing."""
+    steps = record["config"]["train"]["steps"]
+    values: list[float | None] = [
+        line[metric] for line in record["metrics"] if metric in line and line["step"] == steps
+    ]
+    if not values:
         raise ValueError(
-            f"choose: the last {metric} of {record['name']} is from step {step}, but the run has {steps} steps and its "
-            "last evaluation is lost; remove its folder, and its line in the records, so that the study repeats the run"
+            f"choose: {record['name']} has no {metric} of its last step, {steps}; see docs/metrics.md. If the line is "
+            "lost, remove the run's folder and its line in the records, so that the study repeats the run"
         )
-    value: float | None = lines[-1][metric]
-    return value
+    return values[-1]
 
 
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:

@@ -13,11 +13,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
 
 
-from relora_mora.experiments.compare.figures import figures_of, loss_figure, perplexity_figure, styles
+from relora_mora.experiments.compare.figures import loss_figure, perplexity_figure, styles
 from relora_mora.experiments.compare.groups import Group, group_runs
-from relora_mora.experiments.compare.table import write_files
 from tests.experiments.compare.folders import TOKENS, made_run
-from tests.tools.commands import files_end_at
 from tests.tools.each import each
 
 LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
@@ -50,14 +48,12 @@ def test_curves_of_loss_are_means_over_seeds_in_a_panel_for_each_set(groups: lis
         assert {1.0 + number, 1.1 + number} <= {round(float(y), 6) for x, y in heights if x == EVALUATIONS[-1]}
 
 
-@each("against", [None, 1])
-def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
-    groups: list[Group], against: int | None
-) -> None:
-    reference = None if against is None else groups[against]
-    figure = perplexity_figure(groups, reference)
-    assert figure.get_supxlabel() == f"dashed: {(reference or groups[0]).label}"
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["ReMoRA (1, 2)", "Full rank (1 seed)"]
+@each("against", [0, 1])
+def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(groups: list[Group], against: int) -> None:
+    figure = perplexity_figure(groups, groups[against])
+    assert figure.get_supxlabel() == f"dashed: {groups[against].label}"
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["ReMoRA (1, 2) (2 seeds)", "Full rank"]
     for number, (panel, name) in enumerate(zip(figure.axes, SETS, strict=True)):
         low, high, full = (math.exp(loss + number) for loss in (1.0, 1.1, 1.2))
         dots = [each for each in panel.get_lines() if each.get_marker() == "o"]
@@ -65,7 +61,7 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
         strokes = [each.get_xdata()[0] for each in panel.get_lines() if each.get_marker() == "|"]
         assert strokes == pytest.approx([(low + high) / 2, full])
         [dashed] = [each.get_xdata()[0] for each in panel.get_lines() if each.get_linestyle() == "--"]
-        assert dashed == pytest.approx(full if against is None else (low + high) / 2)
+        assert dashed == pytest.approx(full if against == 0 else (low + high) / 2)
         assert panel.get_xlabel() == f"perplexity on {name}"
         assert panel.get_ylim()[0] > panel.get_ylim()[1], "the first row is at the top"
         assert len({tuple(style.values()) for style in itertools.islice(styles(), 60)}) == 60
@@ -73,26 +69,12 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
         assert [each.get_color() for each in dots] == of_groups[::-1], "as in the other figures"
 
 
-@pytest.mark.more
-def test_a_disk_that_fills_up_leaves_older_files_as_they_were(groups: list[Group], tmp_path: Path) -> None:
-    out = tmp_path / "new" / "out"
-    figures = figures_of(groups)
-    write_files(out, {"long.md": "before", **figures})
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert before == {"long.md": b"before", **figures}
-    assert all(figure.startswith(b"\x89PNG") for figure in figures.values())
-    for text, said in (("longer" * 500, "long.md"), ("before", "loss_by_tokens.png")):
-        with files_end_at(2000), pytest.raises(OSError, match=f"'{out / said}'"):
-            write_files(out, {"long.md": text, **figures})
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
 @each("losses", [[[9.0], [9.0]], [[9.0], LOSSES[:3]]])
 def test_runs_with_few_numbers_are_drawn(tmp_path: Path, losses: list[list[float]]) -> None:
     groups = group_runs(made_run(tmp_path / f"run{i}", each, optim={"lr": 0.1 + i}) for i, each in enumerate(losses))
     with warnings.catch_warnings(action="error"):
         warnings.simplefilter("ignore", ResourceWarning)  # from objects of other tests
-        perplexity_figure(groups).draw_without_rendering()
+        perplexity_figure(groups, groups[0]).draw_without_rendering()
         figure = loss_figure(groups)
         figure.draw_without_rendering()
     step = 10 * (len(losses[1]) - 1)

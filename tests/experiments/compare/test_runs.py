@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,14 +51,6 @@ def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) 
     assert run.scored("", "tokens") == 500
 
 
-def test_evaluations_without_digests_are_matched_by_their_tokens(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", [9.0, 4.0])
-    with RunFolder(folder).metrics.open("a") as stream:
-        for step, tokens in ((10, 400), (20, 500), (30, 500)):
-            stream.write(json.dumps({"step": step, "eval/loss": 3.0, "eval/tokens": tokens}) + "\n")
-    assert read_run(folder).evaluations("").to_dict() == {0: 9.0, 10: 4.0, 20: 3.0, 30: 3.0}
-
-
 @each(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
 def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: list[str]) -> None:
     run = made_run(tmp_path / "a", sets=sets)
@@ -74,7 +65,6 @@ def test_sets_are_those_of_the_newest_evaluation(tmp_path: Path) -> None:
         stream.write('{"step": 20, "eval/loss": 3.0, "eval/new/loss": 2.0, "eval/both/loss": 4.0}\n')
     run = read_run(folder)
     assert run.validation_sets == ["new", "both"]
-    assert [run.held_out(name) for name in run.validation_sets] == [run.held_out("")] * 2
     [group] = group_runs([run])
     assert [group.last(name) for name in run.validation_sets] == [[(20, 2.0)], [(20, 4.0)]]
 
@@ -85,13 +75,6 @@ def test_non_finite_numbers_and_a_truncated_line_are_left_out(tmp_path: Path) ->
         stream.write('{"step": 11, "train/loss": null}\n{"step": 12, "train/lo')
     assert max(read_run(folder).series("train/loss").index) == 10
     assert read_run(folder).last_step == 11
-
-
-def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", [9.0, 4.0])
-    config = RunFolder(folder).config
-    config.write_text("".join(line for line in config.read_text().splitlines(True) if "reset_ratio" not in line))
-    assert read_run(folder).settings["method.reset_ratio"] == 0.9
 
 
 def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
@@ -137,11 +120,5 @@ def test_paths_without_a_run_are_reported(tmp_path: Path) -> None:
     RunFolder(folder).metrics.write_text('{"step": 0}\n')
     for text in ("- a list", "a: {b: c", "method: {name: full}", "train:\n"):
         RunFolder(folder).config.write_text(text)
-        with pytest.raises(CompareError, match=r"config\.yaml: "):
-            read_run(folder)
-    for section, key in (("train", "steps"), ("train", "batch_size"), ("data", "sequence_length")):
-        folder = write_run(tmp_path / key, [9.0])
-        config = RunFolder(folder).config
-        config.write_text(re.sub(rf"{key}: \d+", f"{key}: many", config.read_text()))
-        with pytest.raises(CompareError, match=rf"config\.yaml: {section}\.{key} is many"):
+        with pytest.raises(CompareError, match=r"config\.yaml: (cannot be read|not the settings of a run)"):
             read_run(folder)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from relora_mora.config.schema import Config
-from relora_mora.experiments.planner.step import traffic
+from relora_mora.experiments.planner.step import Cluster, Step, step_of
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
+from relora_mora.system.devices import CPU
 from tests.conftest import Pools
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama
 
@@ -71,6 +72,11 @@ def count(
         return dict(moved)
 
 
+def planned_step(config: Config, stage: int, *, bf16: bool, tied: bool = False) -> Step:
+    model = meta_model(tiny_llama(**LLAMA, tie_word_embeddings=tied), config.method)
+    return step_of(model, Setup(config, stage, 2, bf16=bf16), Cluster(1, 2, CPU), flops_per_token=0, rate=1)
+
+
 CASES: list[Any] = [("remora", stage, True, 2, "adamw", {}) for stage in (0, 1, 2, 3)]
 CASES += [("full", stage, True, 2, "adamw", {}) for stage in (0, 1, 2, 3)]
 CASES += [("remora", stage, False, 4, "adamw", {}) for stage in (1, 2, 3)]
@@ -93,7 +99,7 @@ def test_bytes_of_a_step(
         zero = {"stage3_param_persistence_threshold": 0, **zero}
     measured = pools(2)(count, method, stage, bf16, micro_batch_size, matrices, zero)
     config = _config(method, stage, micro_batch_size, matrices, **zero)
-    planned = traffic(meta_model(tiny_llama(**LLAMA), config.method), Setup(config, stage, 2, bf16=bf16))
+    planned = planned_step(config, stage, bf16=bf16)
     kinds = {"all-reduced": planned.all_reduced, "reduced": planned.reduced, "gathered": planned.gathered}
     exchanged = [rank.get("exchanged", 0) for rank in measured]
     assert sum(exchanged) == 2 * planned.exchanged
@@ -111,7 +117,6 @@ def test_a_matrix_that_is_larger_than_a_ranks_part_is_exchanged_below_stage_3(po
     """Each of two ranks has one of two matrices of the same size, or half of a single one."""
     measured = pools(2)(count, "full", 2, True, 2, "adamw", {"others": "adamw8bit"}, tied)
     config = _config("full", 2, 2, "adamw", others="adamw8bit")
-    model = meta_model(tiny_llama(**LLAMA, tie_word_embeddings=tied), config.method)
-    planned = traffic(model, Setup(config, 2, 2, bf16=True)).exchanged
+    planned = planned_step(config, 2, bf16=True, tied=tied).exchanged
     assert (planned > 0) == tied
     assert sum(rank.get("exchanged", 0) for rank in measured) == 2 * planned

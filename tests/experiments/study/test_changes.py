@@ -54,7 +54,7 @@ def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
     assert folder.given(second)["optim"]["clip"] == 1.0
 
 
-def test_a_newer_setting_had_its_default_and_settings_that_cannot_be_read_are_reported(tmp_path: Path):
+def test_a_setting_that_is_newer_than_a_cell_had_its_default(tmp_path: Path):
     study = made_study(grid=ONE)
     folder = StudyFolder(tmp_path)
     conduct(study, folder, PROGRAM, 1)
@@ -66,9 +66,6 @@ def test_a_newer_setting_had_its_default_and_settings_that_cannot_be_read_are_re
     path.write_text(json.dumps(noted), encoding="utf-8")
     with pytest.raises(ValueError, match=r"started with other settings \(optim.matrices\)"):
         conduct(made_study(grid=ONE, settings={"optim.matrices": "muon"}), folder, PROGRAM, 1)
-    for text in ("", "{", "3", json.dumps(noted | {"data": noted["data"] | {"gone_since": 1}})):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(
-            ValueError, match=r"lr=0\.003,seed=0 was started with settings that cannot be read, or that"
-        ):
-            conduct(study, folder, PROGRAM, 1)
+    path.write_text(json.dumps(noted | {"data": noted["data"] | {"gone_since": 1}}), encoding="utf-8")
+    with pytest.raises(ValueError, match="gone_since"):
+        conduct(study, folder, PROGRAM, 1)

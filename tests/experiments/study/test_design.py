@@ -86,15 +86,11 @@ def test_the_best_of_a_grid_is_run_with_the_other_seeds():
     ("tree", "said"),
     [
         ({"base": BASE}, "grid: Field required"),
-        ({"base": BASE, "grid": []}, "grid: "),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: unknown; known here: command, base,"),
         ([BASE], "it holds a list, expected "),
         ('grid: {data.train: "https://user:swordfish@host/a"}: x', "not YAML: "),
-        ("", "base"),
         ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: expected a list of mappings"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "seeds": [0, 0]}, "seeds: [0, 0] has a duplicate"),
-        ({"base": BASE, "grid": [{"method.operators": [1, 2]}]}, "method.operators: a value is itself a list"),
-        ({"base": BASE, "grid": [{"data.train": [{"source": "a"}]}]}, "data.train: a value is itself a list"),
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         (
@@ -121,19 +117,8 @@ def test_bad_studies_are_reported_before_anything_runs(tmp_path: Path, tree: Any
     "grid",
     [
         [{"method.name": "full", "optim.lr": 1e-3}, {"optim.lr": 1e-3, "method.name": "full"}],
-        [{"optim.lr": [1e-3, 1e-3]}],
         [{"method.name": "full", "method.rank": [8, 16]}],
         [{"method.name": "mora", "method.operators": [[1], [1, 2]]}],
-        [
-            {
-                "method.name": "remora",
-                "method.operators": [[1, 2]],
-                "method.reset_ratio": [0.5, 0.9],
-                "train.steps": 4000,
-            }
-        ],
-        [{"method.name": "mora", "method.square_size": 8, "method.rank": [8, 16]}],
-        [{"method.name": "full", "optim.schedule": "constant", "optim.min_ratio": [0.1, 0.2]}],
     ],
 )
 def test_the_same_run_under_another_name_is_refused(tmp_path: Path, grid: list[dict[str, Any]]):
@@ -176,33 +161,23 @@ def test_faults_of_all_runs_are_reported_together(tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
-SETS = {"web": "a.txt", "pairs": {"source": "b.jsonl", "records": {"kind": "prompt"}}}
-ACCEPTED = ("loss", "web/loss", "web/bits_per_byte", "pairs/exact_match")
-
-
 @each(
     ("metric", "settings", "said"),
     [
-        *((f"eval/{metric}", {"data.validation": SETS, "eval.generate": 5}, None) for metric in ACCEPTED),
+        ("eval/web/bits_per_byte", {"data.validation": {"web": "a.txt"}}, None),
         ("eval/books/loss", {}, "data.validation names no sets"),
-        ("eval//loss", {}, "data.validation names no sets"),
-        ("eval/books/loss", {"data.validation": SETS}, "data.validation names web, pairs"),
         ("eval/exact_match", {}, "no answers are generated; set eval.generate"),
-        ("eval/web/exact_match", {"data.validation": SETS, "eval.generate": 5}, "no answers are generated"),
-        ("eval/bits_per_byte", {"data.validation": SETS}, "only plain text has this metric"),
     ],
 )
 def test_a_metric_that_no_run_will_have_is_reported_first(
     tmp_path: Path, metric: str, settings: dict[str, Any], said: str | None
 ):
     study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
-    folder = StudyFolder(tmp_path)
     if said is None:
-        assert len(cell_configs(study, first_round(study), folder)) == 6
+        assert len(cell_configs(study, first_round(study), StudyFolder(tmp_path))) == 6
         return
-    with pytest.raises(ConfigError) as error:
-        conduct(study, folder, PROGRAM, 1)
-    assert [fault.startswith(f"choose: {metric}: {said}") for fault in error.value.faults] == [True]
+    with pytest.raises(ConfigError, match=rf"choose: {metric}: {said}"):
+        conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
     assert not any(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ from relora_mora.experiments.study.conduct import conduct
 from relora_mora.experiments.study.design import first_round, read_study
 from relora_mora.experiments.study.folder import StudyFolder, is_kept
 from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import PROGRAM, made_start, made_study
+from tests.experiments.study.tools import PROGRAM, made_study
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
@@ -39,29 +39,6 @@ def test_a_study_continues_elsewhere_from_its_records(tmp_path: Path):
     ranked, new, *others = folder.records.read_text(encoding="utf-8").splitlines(keepends=True)
     assert json.loads(new)["name"] == "name=mora,rank=16,lr=0.0025,seed=0"
     assert sorted([ranked, *others]) == sorted(lines), "records that the grid no longer names stay"
-
-
-def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):
-    start = made_start(tmp_path / "start")
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
-    folder = StudyFolder(tmp_path / "out")
-    conduct(study, folder, PROGRAM, 1)
-    with folder.run(first_round(study)[0]).starts.open("a") as starts:
-        starts.write('{"command": [], "step": 5}\n')  # a resume
-    [before] = folder.kept().values()
-    folder.records.unlink()
-    conduct(study, folder, PROGRAM, 1)
-    [record] = folder.kept().values()
-    assert record["start"]["began_with"] == before["start"]["began_with"] != {}
-
-
-def test_a_line_that_is_not_a_record_is_reported_before_anything_runs(tmp_path: Path):
-    folder = StudyFolder(tmp_path)
-    whole = json.dumps({"name": "a", "given": {}, "config": {}, "start": {}, "metrics": [{"step": 0}]})
-    folder.records.write_text(f'{whole}\n{{"name": "cut\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"cells\.jsonl, line 2: not a record of a run; .* or remove the line"):
-        conduct(made_study(), folder, PROGRAM, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
 
 
 @each("records", sorted((ROOT / "docs/studies").glob("*.jsonl.gz")))

@@ -14,14 +14,6 @@ PROGRAM = [str(TRAINER)]  # as arguments of Python
 RATES = [1e-3, 3e-3, 1e-2]
 
 
-def made_start(folder: Path) -> Path:
-    """The folder of an initial model, with the files that the stand-in reads."""
-    folder.mkdir()
-    (folder / "config.json").write_text("{}", encoding="utf-8")
-    (folder / "model.safetensors").write_bytes(b"a" * 100_000)
-    return folder
-
-
 def made_study(**changes: Any) -> Study:
     grid = [{"method.name": "mora", "method.rank": [8, 16], "optim.lr": RATES}]
     return Study.model_validate({"base": BASE, "grid": grid} | changes)

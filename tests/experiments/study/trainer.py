@@ -33,12 +33,6 @@ def main() -> int:
         "threads": min(2, int(os.environ["OMP_NUM_THREADS"])),  # as on a machine with two cores
         "omp_num_threads": os.environ["OMP_NUM_THREADS"],
     }
-    # the import takes as long as everything else here
-    if settings["model"]["init_from"]:
-        from relora_mora.config.load import load_config
-        from relora_mora.weights.digests import model_digests
-
-        start["began_with"] = model_digests(load_config(file).model)
     settled = {
         "train": {"steps": steps},
         "method": {"rank": settings["method"]["rank"]},

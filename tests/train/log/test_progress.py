@@ -123,7 +123,7 @@ def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tupl
     written: Any = SimpleNamespace(write=lambda step, values: metrics.update({step: values["train/loss"]}))
     reporting = events.Reporting(run, written, progress)
     # it takes long, so it is not measured before the first step
-    monkeypatch.setattr(events, "flops_per_token", lambda *_: SimpleNamespace(total=1.0))
+    monkeypatch.setattr(events, "flops_per_token", lambda *_: 1.0)
     state = RunState(initial_seed=0)
     for state.step in range(1, 16):
         loss = float("nan") if state.step == 2 else float(state.step)  # a skipped step
