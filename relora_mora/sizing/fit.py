@@ -4,8 +4,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.inject import choose_storage, decoder_linears, inject
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.adapters.mora import layer_square_size
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, MethodConfig
@@ -25,8 +24,7 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     if not method.uses_adapters:
         return
     lm = empty_model(model_config)
-    linears = [(name.rpartition(".")[2], layer) for name, layer in decoder_linears(lm)]
-    kinds = list(dict.fromkeys(kind for kind, _ in linears))
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in decoder_linears(lm)))
     missing = {
         f"method.{setting}: {kind} is not a linear of the decoder layers; they have {', '.join(kinds) or 'none'}"
         for setting in ("target_modules", "rank_pattern")
@@ -35,28 +33,11 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     }
     if missing or not kinds:
         raise ConfigError(sorted(missing) or ["method.name: this model has no linears; use full"], "the settings")
-    chosen = kinds if method.target_modules is None else method.target_modules
-    shapes = [(kind, layer.in_features, layer.out_features) for kind, layer in linears if kind in chosen]
-    by_size = method.uses_squares and method.square_size is not None
-    setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
-    faults = [
-        f"method.{setting}: R of {size} is larger than both widths of {kind} ({inputs} -> {outputs}); lower it"
-        for kind, inputs, outputs in dict.fromkeys(shapes)
-        if method.uses_squares and (by_size or kind in method.rank_pattern)
-        if (size := layer_square_size(method.of(kind), inputs, outputs)) > max(inputs, outputs)
-    ]
-    weights = sum(inputs * outputs for _, inputs, outputs in shapes)
-    if not faults:
+    try:
         with torch.device("meta"):
             inject(lm, method, seed=0)
-    adapters = sum(lm.get_parameter(name).numel() for name in adapter_parameters(lm))
-    if adapters > weights:
-        faults.append(
-            f"method.{setting}: the adapters have {adapters:,} parameters, more than the {weights:,} of their "
-            "weights; lower it, or use method.name=full"
-        )
-    if faults:
-        raise ConfigError(faults, "the settings")
+    except ValueError as error:
+        raise ConfigError([str(error)], "the settings") from error
 
 
 def uneven_widths(model_config: PreTrainedConfig) -> list[str]:

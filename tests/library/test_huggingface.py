@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import relora_mora as rm
-from tests.tools.each import each
 from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 from tests.tools.grids import rest
 from tests.tools.tiny import tiny_llama
@@ -199,12 +198,6 @@ def test_skipped_steps_count_neither_for_merges_nor_for_rates(tmp_path: Path, mo
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two ReMoRACallbacks for one model"):
         trained(tmp_path, max_steps=2, callbacks=2)
-
-
-@each("merge_every,expected", [(4, 2), (2000, 50)])
-def test_the_warmup_after_a_merge_is_no_longer_than_half_of_the_interval(merge_every: int, expected: int) -> None:
-    remora = rm.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), rm.ReMoRA(2, merge_every=merge_every))
-    assert rm.ReMoRACallback(remora).restart_warmup_steps == expected
 
 
 def on_ranks(folder: Path, kind: str) -> Any:

@@ -125,7 +125,8 @@ def test_sources_may_be_listed_in_another_order_at_a_resume(runs, pools, inputs,
     assert logged_values(tmp_path / "run") == logged_values(tmp_path / "never")
 
 
-def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
+@pytest.mark.more
+def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(runs, inputs, tmp_path):
     """Eight lanes, and a source of seven texts with weight from step 6 on."""
     write_shard(inputs / "few.json", some_texts(7))
     sources = [
@@ -133,23 +134,7 @@ def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
         {"source": f"{inputs}/few.json", "name": "few", "weight": 0.0},
     ]
     stages = [{"from_step": 6, "weights": {"lines": 1.0, "few": 1.0}}]
-    data = {"train": sources, "stages": stages, "lanes": 8, **settings.pop("data", {})}
-    return run_config(inputs, tokenizer, run_dir, data=data, train=settings)
-
-
-@pytest.mark.more
-def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(
-    runs, pools, inputs, tokenizer_path, tmp_path
-):
-    message = runs.refusal(_few(inputs, tokenizer_path, tmp_path / "run"), SourceError)
+    data = {"train": sources, "stages": stages, "lanes": 8}
+    message = runs.refusal(runs.config(tmp_path / "run", data=data), SourceError)
     assert "lane 7 found no text in few.json: there are fewer documents than lanes" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
-    without = {"data": {"stages": []}}  # the same holds if a resumed run gets such a stage
-    pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
-    message = runs.refusal(_few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]), SourceError)
-    assert "set the weight of its source few to 0 in data.train and data.stages" in message
-    assert "--train.allow_changes=[data.train,data.stages]" in message
-    data = {"stages": [{"from_step": 6, "weights": {"lines": 2.0, "few": 0.0}}]}
-    allow = ["data.train", "data.stages"]
-    pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", data=data, allow_changes=allow))
-    assert _end(tmp_path / "run").exists()

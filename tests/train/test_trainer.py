@@ -24,9 +24,6 @@ UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but a
 def test_a_run_is_documented_in_its_folder(runs, tmp_path):
     folder = tmp_path / "run"
     runs.train(folder, 2, log={"tensorboard": True}, **UNSAVED)
-    losses = logged_values(folder)
-    assert len(losses) == 10
-    assert losses[-1] < losses[0] - 0.5
     last = next(line for line in reversed(metrics(folder)) if "train/loss" in line)
     assert last["train/tokens"] == 10 * 8 * 32
     assert 0 < last["perf/mfu"] < 1

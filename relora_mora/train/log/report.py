@@ -53,7 +53,7 @@ class Metrics:
     disk, is lost with one message, and training goes on.
     """
 
-    def __init__(self, folder: Path, *, loggers: Sequence[Logger] = (), writes: bool = True) -> None:
+    def __init__(self, folder: Path, loggers: Sequence[Logger] = (), *, writes: bool = True) -> None:
         self.path = RunFolder(folder).metrics
         self._writes = writes
         self._loggers = loggers
@@ -75,8 +75,9 @@ class Metrics:
             self._try(logger.title, functools.partial(logger.open, step))
 
     def _open_file(self) -> int:
-        self._drop_after(*self._last)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        if self._file is None:  # at the start, or the disk was full then
+            self._drop_after(*self._last)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         return self._file
 
     def _drop_after(self, step: int, repeated: Set[str]) -> None:
@@ -84,14 +85,12 @@ class Metrics:
             return
         before = self.path.read_text(encoding="utf-8", errors="replace")
         kept = []
-        is_repeated = False
         for line in before.splitlines():
             try:
                 values = json.loads(line)
-                if values["step"] == step and not repeated.isdisjoint(values):
-                    is_repeated = True
-                if 0 < step >= values["step"] and not is_repeated:
-                    kept.append(line + "\n")
+                if values["step"] > step or step == 0 or (values["step"] == step and not repeated.isdisjoint(values)):
+                    break
+                kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
         text = "".join(kept)
@@ -107,11 +106,7 @@ class Metrics:
             for tag, value in values.items()
         }
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
-        # the file is None if the disk was full in open
-        self._try(
-            self.path.name,
-            lambda: append_whole(self._open_file() if self._file is None else self._file, line.encode()),
-        )
+        self._try(self.path.name, lambda: append_whole(self._open_file(), line.encode()))
         for logger in self._loggers:
             self._try(logger.title, functools.partial(logger.write, step, values))
 
@@ -121,11 +116,8 @@ class Metrics:
         except Exception as error:
             if target not in self._failing:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                log.error(
-                    "%s: metrics cannot be written (%s) and will be missing there; training goes on",
-                    target,
-                    redact(" ".join(reason.split()) or type(error).__name__),
-                )
+                message = redact(" ".join(reason.split()) or type(error).__name__)
+                log.error("%s: metrics cannot be written (%s) and will be missing; training goes on", target, message)
             self._failing.add(target)
         else:
             self._failing.discard(target)
@@ -161,20 +153,14 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
     sums = sum_over_hosts([float(counts.get(name, 0)) for name in counted])
     totals = dict(zip(counted, map(int, sums), strict=True))
     names = ["epoch", *(f"epoch/{source}" for source in sources)]
-    epoch, *epochs = map(int, least_over_hosts([float(counts[name]) for name in names]))  # of the slowest lane
-    skipped = {
-        f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
-        for reason in SKIP_REASONS
-        if totals[f"skipped/{reason}"]
-    }
+    epochs = map(int, least_over_hosts([float(counts[name]) for name in names]))  # of the slowest lane
     return {
-        "train/epoch": epoch,
         "train/documents": totals["documents"],
+        **{f"train/{name}": passes for name, passes in zip(names, epochs, strict=True)},
         **{f"train/tokens/{source}": totals[f"blocks/{source}"] * sequence_length for source in sources},
-        **{f"train/epoch/{source}": passes for source, passes in zip(sources, epochs, strict=True)},
         "perf/data_bad_lines": totals["bad"],
         "perf/data_retries": totals["retries"],
-        **skipped,
+        **{f"perf/data_{name}": total for name, total in totals.items() if name.startswith("skipped/") and total},
     }
 
 

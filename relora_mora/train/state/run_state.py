@@ -1,7 +1,4 @@
-"""The state of a run besides its tensors, its form in a checkpoint, and the errors that end a run.
-
-The last losses are part of the state, so a resumed run judges its next step as if it had never stopped.
-"""
+"""The state of a run besides its tensors, its form in a checkpoint, and the errors that end a run."""
 
 import math
 import statistics
@@ -25,24 +22,22 @@ class DataError(ValueError):
     same_on_all_ranks = True
 
 
-class MemoryShortage(ValueError):
-    """The settings need more memory than there is."""
-
-
 @dataclass
 class StabilityState:
-    """A summary of the last steps. ``losses`` has the last ``spike_window`` good steps, oldest first."""
+    """A summary of the last steps, so that a resumed run judges its next step as if it had never stopped.
+
+    ``losses`` has the last ``spike_window`` good steps, oldest first.
+    """
 
     losses: list[float] = field(default_factory=list)
     spikes: int = 0  # in a row, up to the current step
     bad_steps: int = 0  # in a row, up to the current step
     bad_data: list[str] = field(default_factory=list)  # descriptions of the bad steps' data
 
-    def bad(self, data: list[str]) -> int:
-        """Records a skipped step and returns how many there are in a row."""
+    def bad(self, data: list[str]) -> None:
+        """Records a skipped step."""
         self.bad_steps += 1
         self.bad_data = [*self.bad_data, *data]
-        return self.bad_steps
 
     def good(self) -> None:
         self.bad_steps = 0

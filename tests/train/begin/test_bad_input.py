@@ -82,9 +82,6 @@ def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, r
     refuses(run, "all checkpoints in it are damaged", f"step-00000005: {STATE}", f"step-00000004: {BASE}")
 
 
-# ---- folders of other programs -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def exported(run_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "model"
@@ -140,16 +137,13 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
     refused(answer, "--micro_batch_size: ", "need more memory than available; lower it", notes=1)
 
 
-# ---- output ---------------------------------------------------------------------------------------------------------
-
-
 def test_faults_of_this_machine_come_before_any_request(pools, inputs, tokenizer_path, tmp_path):
     """A server that does not answer is asked again for minutes."""
     for tokenizer, model, fault in (
-        (str(tmp_path / "none"), {}, "tokenizer.path: .*none: not found"),
+        (str(tmp_path / "none"), {}, "none: not found; expected a folder with tokenizer.model"),
         (tokenizer_path, {"config": "llama_8b"}, "did you mean llama_7b"),
     ):
-        config = run_config(inputs, tokenizer, tmp_path / "run", model=model)
+        config = run_config(inputs, tokenizer, tmp_path / "run", model=model, data={"train": "some/set"})
         with pytest.raises(AssertionError, match=fault):
             pools(1)(_without_requests, config)
 

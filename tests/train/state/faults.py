@@ -53,7 +53,7 @@ def faulty(
 
     def config_start(trainer: Trainer) -> int:
         """How many batches came before this process, including those that rollbacks skipped."""
-        before = rollbacks(trainer.folder)[: trainer.state.rollbacks]
+        before = rollbacks(Path(trainer.config.train.run_dir))[: trainer.state.rollbacks]
         return trainer.state.step + sum(at - step for step, at in before)
 
     def poisoned(self: LossModel, *batch: Any) -> torch.Tensor:
