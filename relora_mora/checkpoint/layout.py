@@ -152,7 +152,7 @@ class Manifest:
 
     @property
     def is_good(self) -> bool:
-        """Whether a run can go back to it: not saved amid steps with non-finite numbers or after a loss spike."""
+        """Whether a run can go back to it: not saved amid steps with non-finite numbers."""
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
     @property

@@ -117,7 +117,7 @@ def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Inputs, Mirro
             mirror.fetch(config.train.resume)
         return where_to_resume(config)
 
-    guard.begin("looking for a checkpoint", within=READING_SECONDS)
+    guard.begin("looking for a checkpoint", within=READING_SECONDS if config.checkpoint.mirror else LONG_SECONDS)
     where = from_first_rank(find)
     inputs = with_whole_text(inputs, guard)
     for remark in remarks(inputs.config):

@@ -113,19 +113,6 @@ def test_weights_without_their_state_bring_the_operator() -> None:
     assert torch.equal(other.model(x), remora.model(x))
 
 
-def test_adapters_that_have_no_gradient_in_the_first_step() -> None:
-    """Two towers, one of which is not used."""
-    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in "ab"})
-    remora = rm.attach(model, rm.ReMoRA(2, merge_every=2))
-    optimizer = adamw(remora)
-    for tower in "aabb":
-        model[tower](torch.ones(3, 16)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        remora.after_step(optimizer)
-    assert remora.merges_done == 2
-
-
 def test_a_merge_that_stops_halfway_says_that_the_model_is_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
     remora = merging()
     monkeypatch.setattr("relora_mora.engine.torch_state.restart_state", lambda *given: 1 / 0)
@@ -167,10 +154,3 @@ def test_the_output_head_of_any_language_model_is_left_out_and_the_log_says_so(
     assert "lm" in rm.attach(Gpt(outputs=10), rm.LoRA(2)).layers
     assert caplog.records[-1].levelname == "WARNING"
     assert all("no output head was recognized" in text and "targets=" in text for text in caplog.messages[-2:])
-
-
-def test_a_record_of_a_merge_is_shown_with_four_digits() -> None:
-    remora = rm.attach(mlp(), rm.ReLoRA(2, merge_every=1))
-    record = steps(remora, adamw(remora), 1)
-    assert record is not None
-    assert f"delta_norm={{0: {record.delta_norm['0']:.4g}, " in repr(record)

@@ -114,19 +114,6 @@ def test_a_resume_is_bit_equal_before_and_after_a_merge(tmp_path, dtype):
 
 
 @pytest.mark.more
-def test_the_state_of_another_step_or_none_is_refused(tmp_path):
-    trained(tmp_path / "whole")
-    keep(tmp_path / "whole", tmp_path / "cut", 6)
-    state = tmp_path / "cut" / "checkpoint-6" / "remora.safetensors"
-    shutil.copy(tmp_path / "whole" / "checkpoint-4" / "remora.safetensors", state)
-    with pytest.raises(ValueError, match="of step 4, the Trainer's is of step 6"):
-        trained(tmp_path / "cut", resume=True)
-    state.unlink()
-    with pytest.raises(FileNotFoundError, match="there is no state of the adapters"):
-        trained(tmp_path / "cut", resume=True)
-
-
-@pytest.mark.more
 def test_the_best_checkpoint_comes_back_with_its_operator(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
     _, remora, trainer = trained(tmp_path, max_steps=6, load_best_model_at_end=True, **best)

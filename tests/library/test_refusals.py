@@ -150,15 +150,6 @@ def test_schedules_that_are_refused(changes: dict[str, Any], message: str) -> No
     remora.schedule(adamw(remora), **SCHEDULE)
 
 
-def test_a_run_that_is_too_short_for_a_merge_is_allowed(caplog: pytest.LogCaptureFixture) -> None:
-    remora = merging(2000)
-    optimizer = adamw(remora)
-    schedule = remora.schedule(optimizer, **{**SCHEDULE, "total_steps": 6})
-    assert "2000 means no merge in 6 steps" in caplog.text
-    steps(remora, optimizer, 6, schedule)
-    assert (remora.step, remora.operator) == (6, 1)
-
-
 class CountsPerGroup(torch.optim.SGD):
     """Like apex's FusedAdam, it keeps the number of steps in the group."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,9 @@ def _bad_at(config: Any, steps: tuple[int, ...], kill_at: int | None = None) -> 
         found_bad = self.state.rollbacks == 0 and self.state.step in steps
         return replace(result, applied=False, data=["the test"]) if found_bad else result
 
-    Trainer.train_step = bad  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
+        patch.setattr(Trainer, "train_step", bad)
         pretrain(config)
-    except Stopped:
-        return
-    finally:
-        Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")

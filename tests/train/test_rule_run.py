@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from relora_mora.supervise.guard import LONG_SECONDS
-from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.rules import matrices_settings
 from tests.tools.runs import checkpoint_at, logged_values, refusal_of, train
@@ -66,17 +64,3 @@ def test_a_rule_with_states_of_other_shapes_is_refused(pools, config, tmp_path):
     (message,) = pools(1)(refusal_of, config(folder, **other_rank))
     assert "other shapes or states" in message
     assert sorted((folder / "checkpoints").iterdir()) == before
-
-
-def limit_of_updates(config: Any) -> float | None:
-    """The seconds that the watchdog allows for an update of a run."""
-    limits: list[float | None] = []
-    train(config, stop_after=1, watch=lambda trainer, share: limits.append(trainer.update_seconds))
-    return limits[0]
-
-
-@pytest.mark.more
-@each("matrices,limit", [("galore", LONG_SECONDS), ("apollo", None)])
-def test_a_slow_rule_has_more_time(pools, config, tmp_path, matrices, limit):
-    settings = config(tmp_path / matrices, optim=matrices_settings(matrices, **RULE))
-    assert pools(1)(limit_of_updates, settings) == [limit]

@@ -98,7 +98,8 @@ class Trainer:
             while self.state.step < self.config.train.steps:
                 result = self.train_step(self.next_batch())
                 reason = judge(self.parts, self.state, result)
-                if reason is not None and self.roll_back(reason):
+                if reason is not None:
+                    self.roll_back(reason)
                     continue
                 for event in self.events:
                     event(self.state)
@@ -169,25 +170,24 @@ class Trainer:
         self.progress.update()
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
-    def roll_back(self, reason: str) -> bool:
-        """Goes back to a checkpoint from before this step, if there is one. The data continues where it is."""
+    def roll_back(self, reason: str) -> None:
+        """Goes back to the newest good checkpoint from before this step. The data continues where it is."""
         before = self.state
         self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
         state = roll_back(self.run, before, self.writer, reason)
-        if state is None:
-            return False
         if self.config.data.is_mixture:  # batches that were read ahead were drawn for other steps
             self.data.go_back(state.step, state.data)
         self.state = state
         self._continue(repeated=set())
         self._name_best()
         self.progress.begin(state.step)
-        values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
-        # the lines that named the bad data belong to dropped steps
-        skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
-        self.metrics.write(state.step, {**values, **skipped})
+        values = {
+            "train/rollbacks": state.rollbacks,
+            "train/rolled_back_from": before.step,
+            "train/skipped_data": before.bad_data,  # the lines that named it belong to dropped steps
+        }
+        self.metrics.write(state.step, values)
         self.writer.send(state.step)
-        return True
 
     def _continue(self, repeated: set[str]) -> None:
         """The next step is the one after ``state``. ``repeated``: metrics of its own step that may come again."""

@@ -1,7 +1,6 @@
 """What precedes and follows an optimizer step: loading its global batch, and judging its result.
 
-A batch is returned once every rank has its share of it. A skipped step or a spike of the loss may force the run back to
-a checkpoint.
+A batch is returned once every rank has its share of it. Skipped steps may force the run back to a checkpoint.
 """
 
 import math
@@ -108,32 +107,19 @@ class StepResult:
 
 
 def judge(parts: Parts, state: RunState, result: StepResult) -> str | None:
-    """Reports a skipped step or a spike of the loss; a collective. Returns why the run should go back, if it should."""
-    config = parts.config
-    step = state.step
-    if step in {stage.from_step for stage in config.data.stages}:
-        state.health.begin_window()
-    if not result.applied:
-        return _judge_skipped(parts, state, result)
-    state.health.good()
-    [total] = sum_over_hosts([result.loss])
-    loss = total / parts.run.engine.world_size
-    height = state.health.spike(loss, config.train)
-    if height is None:
+    """Reports a skipped step; a collective if there is one. Returns why the run should go back, if it should.
+
+    The report names the data of the ranks whose loss was not finite.
+    """
+    if result.applied:
+        state.bad_steps = 0
+        state.bad_data = []
         return None
-    spike = f"the loss of step {step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
-    shared_log.warning("step %d: loss spike, %s", step, spike)
-    parts.metrics.write(step, {"train/loss_spike": height, "train/spike_loss": loss})
-    # after the last step, no other data would follow
-    return spike if config.train.on_spike == "rollback" and step < config.train.steps else None
-
-
-def _judge_skipped(parts: Parts, state: RunState, result: StepResult) -> str | None:
-    """Reports the data of the ranks whose loss was not finite."""
     state.skipped_steps += 1
+    state.bad_steps += 1
     own = None if math.isfinite(result.loss) else f"rank {parts.run.engine.rank}: {'; '.join(result.data)}"
     bad_data = [data for data in gather_from_ranks(own) if data] or [f"global batch {state.step}"]
-    state.health.bad(bad_data)
+    state.bad_data = [*state.bad_data, *bad_data]
     shared_log.warning(
         "step %d skipped on all ranks: gradient not finite (norm %s); its data: %s",
         state.step,
@@ -141,10 +127,9 @@ def _judge_skipped(parts: Parts, state: RunState, result: StepResult) -> str | N
         " | ".join(bad_data),
     )
     parts.metrics.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": bad_data})
-    in_a_row = state.health.bad_steps
-    if in_a_row < parts.config.train.max_bad_steps:
+    if state.bad_steps < parts.config.train.max_bad_steps:
         return None
     return (
-        f"the gradient was not finite for {counted(in_a_row, 'step')} in a row (train.max_bad_steps), "
+        f"the gradient was not finite for {counted(state.bad_steps, 'step')} in a row (train.max_bad_steps), "
         f"the last is step {state.step}"
     )

@@ -166,9 +166,6 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     run.merger.merges_done = manifest.merges_done
     if run.engine.rank == 0:
         _abandon_other_history(run.inputs.folder, manifest.step, own=own)
-    now = run.inputs
-    if (manifest.data_fingerprint, manifest.data_content) != (now.data_fingerprint, now.data_content):
-        state.health.begin_window()
     return state
 
 
@@ -190,18 +187,16 @@ def _abandon_other_history(folder: RunFolder, step: int, *, own: bool) -> None:
         write_if_possible(latest, f"{layout.step_folder(step)}\n", without="it names another one; training goes on")
 
 
-def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState | None:
+def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState:
     """Restores model and optimizer from the newest good checkpoint; the data continues where it is. A collective.
 
-    It waits for a checkpoint that is being written. Without such a checkpoint, it returns None after a spike of the
-    loss, and raises :class:`TrainingError` after steps that were skipped, as it does after ``train.max_rollbacks``.
+    It waits for a checkpoint that is being written. Raises :class:`TrainingError` if there is no good checkpoint, and
+    after ``train.max_rollbacks``.
     """
     writer.wait()
     gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
     ranks = run.engine.rank, run.engine.world_size
     chosen, _ = newest_whole(writer.folder, ranks, lambda path: layout.good_step(path) in range(state.step))
-    if chosen is None and not state.health.bad_steps:
-        return None
     most = run.config.train.max_rollbacks
     if chosen is None or state.rollbacks >= most:
         why = (

@@ -63,25 +63,6 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
-def test_a_logger_gets_everything_that_the_file_gets(folder: Path) -> None:
-    recorder = Recorder()
-    written = opened(folder, 0, loggers=[recorder])
-    written.write(1, {"train/loss": 2.0, "train/skipped_data": ["a text"]})
-    written.write(2, {"train/loss": 1.0})
-    written.open(1)
-    written.write(2, {"train/loss": 0.5})
-    written.close()
-    assert recorder.events == [
-        ("open", 0),
-        (1, {"train/loss": 2.0, "train/skipped_data": ["a text"]}),
-        (2, {"train/loss": 1.0}),
-        ("open", 1),
-        (2, {"train/loss": 0.5}),
-        ("close",),
-    ]
-    assert [line["train/loss"] for line in metrics(folder)] == [2.0, 0.5]
-
-
 def test_a_failing_logger_does_not_affect_the_file_or_other_loggers(
     folder: Path, logged: pytest.LogCaptureFixture
 ) -> None:

@@ -38,14 +38,12 @@ def stopped(config: Any, *, where: str = "start") -> int:
             ask(self.engine.rank)
         return go_on(self, step, what, **how)
 
-    if where == "start":
-        guard.stop_reason = "the test"
-    else:
-        Evaluating._go_on = in_the_last_evaluation  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "start":
+            guard.stop_reason = "the test"
+        else:
+            patch.setattr(Evaluating, "_go_on", in_the_last_evaluation)
         return pretrain(config, guard)
-    finally:
-        Evaluating._go_on = go_on  # type: ignore[method-assign]
 
 
 @pytest.mark.more
