@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from relora_mora.evaluation.loss import EvalResult
 from relora_mora.system.files import append_whole, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
+
+SAVED = "perf/checkpoint_stall_seconds"  # in the line of a checkpoint
 
 
 class Logger(Protocol):
@@ -60,16 +62,16 @@ class Metrics:
         self._file: int | None = None
         self._failing: set[str] = set()
 
-    def open(self, step: int, repeated: Set[str] = frozenset()) -> None:
-        """The run continues after ``step``, at a start or after a rollback.
+    def open(self, step: int, *, rollback: bool = False) -> None:
+        """The run continues after ``step``, at a start or after a ``rollback``.
 
-        Lines of later steps are dropped, because those steps are repeated. If an event of ``step`` is repeated, which
-        has one of the tags in ``repeated``, its line and all lines after it are dropped, too.
+        Lines of later steps are dropped, because those steps are repeated. A start also drops what was written about
+        ``step`` after its checkpoint, such as an evaluation, because it does that again.
         """
         if not self._writes:
             return
         self._close_file()
-        self._last = step, repeated
+        self._last = step, rollback
         self._try(self.path.name, self._open_file)
         for logger in self._loggers:
             self._try(logger.title, functools.partial(logger.open, step))
@@ -80,17 +82,19 @@ class Metrics:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         return self._file
 
-    def _drop_after(self, step: int, repeated: Set[str]) -> None:
+    def _drop_after(self, step: int, rollback: bool) -> None:
         if not self.path.exists():
             return
         before = self.path.read_text(encoding="utf-8", errors="replace")
         kept = []
+        ended = step == 0
         for line in before.splitlines():
             try:
                 values = json.loads(line)
-                if values["step"] > step or step == 0 or (values["step"] == step and not repeated.isdisjoint(values)):
+                if values["step"] > step or ended:
                     break
                 kept.append(line + "\n")
+                ended = values["step"] == step and SAVED in values and not rollback
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
         text = "".join(kept)

@@ -43,22 +43,18 @@ def is_due(every_steps: int, step: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def owes_merge(run: Run, state: RunState) -> bool:
-    return run.schedule.merges_done(state.step) > run.merger.merges_done
-
-
 def merge(parts: Parts, state: RunState) -> None:
     """Merges the adapters into the frozen weights if it is due.
 
     A run leaves out the merge after its last step, and its export includes it instead; a longer run makes it first.
     """
     run, step = parts.run, state.step
-    if not owes_merge(run, state):
+    merges_done = run.schedule.merges_done(step)
+    if merges_done <= run.merger.merges_done:
         return
     parts.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
     parts.writer.wait_for_base()
     gather_from_ranks(None)  # waits in the group whose timeout allows for slow disks
-    merges_done = run.schedule.merges_done(step)
     record = run.merger.merge(step, merges_done, run.schedule.operator(step))
     parts.metrics.write(step, report.merge_metrics(record))
     if record.effective_rank:  # not measured at every one of frequent merges; log as rarely
@@ -162,7 +158,7 @@ def save(parts: Parts, state: RunState) -> None:
     parts.guard.begin(f"step {state.step}: checkpoint", within=LONG_SECONDS)
     stall = parts.writer.save(_manifest(parts.run, state), state.data)
     state.saved = state.step
-    parts.metrics.write(state.step, {"perf/checkpoint_stall_seconds": stall})
+    parts.metrics.write(state.step, {report.SAVED: stall})
 
 
 def save_final(parts: Parts, state: RunState) -> None:

@@ -30,7 +30,7 @@ from relora_mora.train.log.loggers import make_loggers
 from relora_mora.train.log.progress import Progress, next_commands
 from relora_mora.train.log.report import Metrics
 from relora_mora.train.loop.evaluating import Evaluating
-from relora_mora.train.loop.events import Parts, Reporting, merge, owes_merge, save, save_final, save_if_due
+from relora_mora.train.loop.events import Parts, Reporting, merge, save, save_final, save_if_due
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StepResult, Stopping, judge
 from relora_mora.train.state.resume import roll_back
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
@@ -86,7 +86,7 @@ class Trainer:
             self.evaluating,
             partial(save_if_due, self.parts),
         ]
-        self._continue(repeated={"train/rollbacks", "eval/seconds"})
+        self._continue(rollback=False)
 
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
@@ -178,7 +178,7 @@ class Trainer:
         if self.config.data.is_mixture:  # batches that were read ahead were drawn for other steps
             self.data.go_back(state.step, state.data)
         self.state = state
-        self._continue(repeated=set())
+        self._continue(rollback=True)
         self._name_best()
         self.progress.begin(state.step)
         values = {
@@ -189,20 +189,16 @@ class Trainer:
         self.metrics.write(state.step, values)
         self.writer.send(state.step)
 
-    def _continue(self, repeated: set[str]) -> None:
-        """The next step is the one after ``state``. ``repeated``: metrics of its own step that may come again."""
+    def _continue(self, *, rollback: bool) -> None:
+        """The next step is the one after ``state``, at a start or after a rollback."""
         state = self.state
         state.data = self.data.own_part(state.data)
         self.guard.step = state.step
         continues = state.saved is not None  # the checkpoint that it was loaded from, if any, is in this run's folder
         if continues and state.loaded is not None:
             self.writer.adopt_base(state.loaded)
-        if state.evaluated == state.step:
-            repeated -= {"eval/seconds"}
-        if owes_merge(self.run, state):  # a shorter run ended here
-            repeated |= {"merge/layers"}
-        self.metrics.open(state.step if continues else 0, repeated)
-        merge(self.parts, state)
+        self.metrics.open(state.step if continues else 0, rollback=rollback)
+        merge(self.parts, state)  # if a shorter run ended here
 
     def _name_best(self) -> None:
         """Before the first step, and after a rollback: what the files say may belong to another history."""

@@ -161,14 +161,17 @@ def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(runs, pools, t
     assert [json.loads(line) for line in found["end"].splitlines()] == metrics_of(tmp_path / "run")
 
 
-def test_a_repeated_evaluation_takes_the_place_of_all_lines_after_it(tmp_path):
-    """A save that came after it is repeated, too."""
-    first = opened(tmp_path, 0)
-    for values in ({"train/loss": 1.0}, {"eval/loss": 2.0}, {"perf/checkpoint_stall_seconds": 0.5}):
-        first.write(3, values)
-    first.close()
-    opened(tmp_path, 3, repeated=frozenset({"eval/loss"})).close()
-    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [{"train/loss"}]
+def test_a_start_repeats_what_came_after_a_checkpoint_and_a_rollback_does_not(tmp_path):
+    """The evaluation was stopped, so the first resume from the checkpoint made it."""
+    saved = [{"train/loss"}, {"perf/checkpoint_stall_seconds"}]
+    metrics = opened(tmp_path, 0)
+    for values in ({"train/loss": 1.0}, {"perf/checkpoint_stall_seconds": 0.5}, {"eval/loss": 2.0}):
+        metrics.write(3, values)
+    metrics.open(3, rollback=True)
+    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [*saved, {"eval/loss"}]
+    metrics.open(3)
+    metrics.close()
+    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == saved
 
 
 def test_the_first_rank_logs_what_concerns_all_ranks(capsys):
