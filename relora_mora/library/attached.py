@@ -21,8 +21,7 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import MergeError, Merger, MergeRecord
 from relora_mora.engine.protocol import Engine
 from relora_mora.engine.torch_state import TorchState
-from relora_mora.library.masters import LoopMasters
-from relora_mora.library.merged import is_sharded, merged_values, plain_copy
+from relora_mora.library.masters import LoopMasters, is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, optimizer_groups, rate_of_step, rewarming_groups
 from relora_mora.library.state import check_state, identity_of, read_state, write_state
 from relora_mora.library.targets import describe_targets, target_linears
