@@ -157,14 +157,19 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
     sums = sum_over_hosts([float(counts.get(name, 0)) for name in counted])
     totals = dict(zip(counted, map(int, sums), strict=True))
     names = ["epoch", *(f"epoch/{source}" for source in sources)]
-    epochs = map(int, least_over_hosts([float(counts[name]) for name in names]))  # of the slowest lane
+    epoch, *epochs = map(int, least_over_hosts([float(counts[name]) for name in names]))  # of the slowest lane
     return {
+        "train/epoch": epoch,
         "train/documents": totals["documents"],
-        **{f"train/{name}": passes for name, passes in zip(names, epochs, strict=True)},
+        **{f"train/epoch/{source}": passes for source, passes in zip(sources, epochs, strict=True)},
         **{f"train/tokens/{source}": totals[f"blocks/{source}"] * sequence_length for source in sources},
         "perf/data_bad_lines": totals["bad"],
         "perf/data_retries": totals["retries"],
-        **{f"perf/data_{name}": total for name, total in totals.items() if name.startswith("skipped/") and total},
+        **{
+            f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
+            for reason in SKIP_REASONS
+            if totals[f"skipped/{reason}"]
+        },
     }
 
 

@@ -158,7 +158,7 @@ def save(parts: Parts, state: RunState) -> None:
     parts.guard.begin(f"step {state.step}: checkpoint", within=LONG_SECONDS)
     stall = parts.writer.save(_manifest(parts.run, state), state.data)
     state.saved = state.step
-    parts.metrics.write(state.step, {report.SAVED: stall})
+    parts.metrics.write(state.step, {"perf/checkpoint_stall_seconds": stall})
 
 
 def save_final(parts: Parts, state: RunState) -> None:
