@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
@@ -85,6 +85,8 @@ def replace_linears(
         assert not [*adapter.buffers()], "a resume restores only parameters"
         replaced[name] = adapter
         by_parent.setdefault(parent_name, []).append(adapter)
+    if fault := _size_fault(replaced, method):
+        raise ValueError(fault)
     for name, adapter in replaced.items():  # the model does not change before every layer has been built
         adapter.base_weight.requires_grad_(False)
         for place in places[model.get_submodule(name)]:
@@ -93,6 +95,25 @@ def replace_linears(
         if len(layers) > 1:
             layer.share_input(model.get_submodule(parent_name), layers)
     return replaced
+
+
+def _size_fault(layers: Mapping[str, AdapterLinear], method: MethodConfig) -> str | None:
+    """Why adapters are too large, if they are: larger than their weights, or a square than both widths of a layer."""
+    by_size = method.uses_squares and method.square_size is not None
+    setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
+    for name, layer in layers.items():
+        kind, size = name.rpartition(".")[2], getattr(layer, "square_size", 0)
+        widths = layer.in_features, layer.out_features
+        if (by_size or kind in method.rank_pattern) and size > max(widths):
+            return f"method.{setting}: R of {size} is larger than both widths of {kind} {widths}; lower it"
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    adapters = sum(layer.get_parameter(key).numel() for layer in layers.values() for key in layer.adapter_names)
+    if adapters <= weights:
+        return None
+    return (
+        f"method.{setting}: the adapters have {adapters:,} parameters, more than the {weights:,} of their weights; "
+        "lower it, or train all weights (method.name=full)"
+    )
 
 
 def watch_callers(model: nn.Module) -> None:

@@ -230,7 +230,7 @@ def parse_manifest(path: Path | str, content: bytes) -> Manifest:
 def good_step(folder: Path) -> int | None:
     """The step of a checkpoint if a run can go back to it.
 
-    None if it is damaged, or was saved amid steps with numbers that are not finite or after a spike of the loss.
+    None if it is damaged, or was saved amid steps with numbers that are not finite.
     """
     try:
         manifest = read_manifest(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 _OWN_RULE = "use muon, or a rule of your own as FILE.py:NAME"
 _PROJECTION = "give examples/optimizers/galore.py or apollo.py in optim.matrices, and its settings in optim.rule"
+_SPIKES = "remove it: steps that are not finite are skipped; lower optim.lr or optim.clip against spikes of the loss"
 REMOVED = {
     "method.base=bf16": "use train.precision=bf16, or int8",
     "method.full_steps": "remove it: early merges do more than a start at full rank",
@@ -29,6 +30,9 @@ REMOVED = {
     "optim.projection_every": _PROJECTION,
     "optim.projection_rank": _PROJECTION,
     "optim.projection_scale": _PROJECTION,
+    "train.on_spike": _SPIKES,
+    "train.spike_deviations": _SPIKES,
+    "train.spike_window": _SPIKES,
 }
 # what the settings of a run of 0.2 have if it did not use them
 OLD_DEFAULTS: dict[str, Any] = {
@@ -39,6 +43,9 @@ OLD_DEFAULTS: dict[str, Any] = {
     "optim.projection_every": 200,
     "optim.projection_rank": 128,
     "optim.projection_scale": None,
+    "train.on_spike": "flag",
+    "train.spike_deviations": 6.0,
+    "train.spike_window": 128,
 }
 
 

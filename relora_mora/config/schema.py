@@ -12,7 +12,6 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import METHODS, OPERATORS, Method
 from relora_mora.config.types import (
-    LARGEST,
     LONGEST_SECONDS,
     Decay,
     Fixed,
@@ -235,15 +234,6 @@ class TrainConfig(Strict):
     )
     max_rollbacks: Free[NotNegative] = Field(
         1, description="returns to the last good checkpoint, skipping the data since then, before the run stops"
-    )
-    on_spike: Literal["flag", "rollback"] = Field(
-        "flag", description="what to do about a loss spike besides logging it"
-    )
-    spike_window: Annotated[int, Field(ge=8, le=LARGEST)] = Field(
-        128, description="number of previous steps whose losses a new loss is compared with"
-    )
-    spike_deviations: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        6.0, description="a loss this many standard deviations above the window's mean is a spike"
     )
     peer_timeout_seconds: Free[Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)]] = Field(
         300.0, description="end the run if a rank is gone or has done nothing for this long"

@@ -20,6 +20,7 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.protocol import Engine
 from relora_mora.operators import GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
+from relora_mora.system.logs import counted
 
 MEASURED_STEPS = 100  # how often the effective rank is measured: singular values take longer than the merge
 
@@ -51,6 +52,11 @@ class MergeRecord:
 
     def __repr__(self) -> str:
         return f"MergeRecord({', '.join(f'{name}={_short(value)}' for name, value in vars(self).items())})"
+
+    def summary(self) -> str:
+        """For the log, such as ``14 layers in 0.05 s, operator 1 -> 2``."""
+        switch = "" if self.operator_after is None else f", operator {self.operator_before} -> {self.operator_after}"
+        return f"{counted(self.layers, 'layer')} in {self.seconds:.2f} s{switch}"
 
 
 def _short(value: Any) -> str:

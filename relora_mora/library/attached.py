@@ -21,10 +21,9 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import MergeError, Merger, MergeRecord
 from relora_mora.engine.protocol import Engine
 from relora_mora.engine.torch_state import TorchState
-from relora_mora.library.masters import LoopMasters
-from relora_mora.library.merged import is_sharded, merged_values, plain_copy
+from relora_mora.library.masters import LoopMasters, is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, optimizer_groups, rate_of_step, rewarming_groups
-from relora_mora.library.state import check_base, check_identity, identity_of, owes_merge, read_state, write_state
+from relora_mora.library.state import check_state, identity_of, read_state, write_state
 from relora_mora.library.targets import describe_targets, target_linears
 from relora_mora.schedule import Schedule
 from relora_mora.system.logs import log
@@ -129,8 +128,6 @@ class AttachedAdapters:
         """The operator in use, or None for LoRA."""
         return operator_in_use(self.layers.values())
 
-    # ---- optimizer and rates ----------------------------------------------------------------------------------
-
     def parameter_groups(
         self, lr: float, lr_other: float | None = None, *, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
@@ -158,19 +155,23 @@ class AttachedAdapters:
         warm up after a merge. All lengths are in optimizer steps. There is no merge after the last step, which
         :meth:`merged` makes anyway. Call ``step()`` of the result after each step of the optimizer.
         """
-        clock = dataclasses.replace(
-            self.clock,
+        groups = rewarming_groups(optimizer, rewarm, self.model)
+        clock = self._set_clock(
             kind=kind,
             total_steps=total_steps,
             warmup_steps=warmup_steps,
             min_ratio=min_ratio,
             decay_steps=decay_steps,
-            restart_warmup_steps=restart_warmup_steps if self.method.merges else 0,
+            restart_warmup_steps=restart_warmup_steps,
         )
-        check_rates(clock)
-        groups = rewarming_groups(optimizer, rewarm, self.model)
-        self.clock = clock
         return LambdaLR(optimizer, [rate_of_step(clock, rewarm=group) for group in groups])
+
+    def _set_clock(self, *, restart_warmup_steps: int, **changes: Any) -> Schedule:
+        steps = restart_warmup_steps if self.method.merges else 0
+        clock = dataclasses.replace(self.clock, restart_warmup_steps=steps, **changes)
+        check_rates(clock)
+        self.clock = clock
+        return clock
 
     def rewarm(
         self,
@@ -184,11 +185,8 @@ class AttachedAdapters:
 
         Raises ValueError for a scheduler that is not a ``LambdaLR``: the others compute a rate from the one before.
         """
-        steps = restart_warmup_steps if self.method.merges else 0
-        clock = dataclasses.replace(self.clock, total_steps=total_steps, restart_warmup_steps=steps)
-        check_rates(clock)
-        self.clock = clock
-        if not steps:
+        clock = self._set_clock(total_steps=total_steps, restart_warmup_steps=restart_warmup_steps)
+        if not clock.restart_warmup_steps:
             return
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
@@ -200,8 +198,6 @@ class AttachedAdapters:
             rate_of_step(Rewarmed(**vars(clock), curve=curve), rewarm=group)
             for curve, group in zip(scheduler.lr_lambdas, groups, strict=True)
         ]
-
-    # ---- merges -----------------------------------------------------------------------------------------------
 
     def after_step(self, optimizer: Any) -> MergeRecord | None:
         """Call it after every step of ``optimizer``: merges, switches the operator and resets the state when it is due.
@@ -324,8 +320,6 @@ class AttachedAdapters:
         """What a copy of the model has, whose ``save_pretrained()`` is ours: no process group, which has no copies."""
         return {**vars(self), "process_group": None, "trained_in": None}
 
-    # ---- state ------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the states of the model and its optimizer; a collective.
@@ -358,12 +352,9 @@ class AttachedAdapters:
         another course of merges; nothing changes then.
         """
         layers = self.layers
-        check_identity(state, identity_of(self.method, self.seed, layers))
-        owes = owes_merge(state, self.clock)
-        check_base(state, layers)
+        self._owes_merge = check_state(state, identity_of(self.method, self.seed, layers), self.clock, layers)
         self.step = int(state["step"])
         self.skipped = int(state["skipped"])
-        self._owes_merge = owes
         self.merges_done = state["merges_done"]
         set_operators(layers.values(), state["operator"])
         self._masters.load(state["base"])

@@ -42,11 +42,7 @@ class ReMoRACallback(TrainerCallback):
             raise ValueError("the Trainer has two ReMoRACallbacks for one model; remove one, or merges come too often")
         remora.trained_in = state
         scheduler = getattr(parts["lr_scheduler"], "scheduler", parts["lr_scheduler"])
-        remora.rewarm(
-            scheduler,
-            total_steps=state.max_steps,
-            restart_warmup_steps=self.restart_warmup_steps,
-        )
+        remora.rewarm(scheduler, total_steps=state.max_steps, restart_warmup_steps=self.restart_warmup_steps)
         if state.global_step:
             remora.load(self.checkpoint or args.resume_from_checkpoint or _folder(args, state.global_step))
             if remora.step + remora.skipped != state.global_step:  # the Trainer counts skipped steps
@@ -60,8 +56,7 @@ class ReMoRACallback(TrainerCallback):
         """Merges if it is due."""
         record = self.remora.after_step(parts["optimizer"])
         if record is not None:
-            switch = f", operator {record.operator_before} -> {record.operator_after}" if record.operator_after else ""
-            log.info("step %d: merged %d layers in %.2f s%s", state.global_step, record.layers, record.seconds, switch)
+            log.info("step %d: merged %s", state.global_step, record.summary())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Writes the state of the adapters next to that of the model."""

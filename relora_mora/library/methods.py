@@ -112,14 +112,11 @@ def _method(name: str, arguments: dict[str, Any]) -> MethodConfig:
         values["lora_alpha"] = values.pop("alpha")
     if "operator" in values:
         values["operators"] = [values.pop("operator")]
-    if "operators" in values:
-        values["operators"] = list(values["operators"])
+    values["operators"] = list(values.get("operators", [1]))
     try:
         method = MethodConfig.model_validate(values)
     except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors()
-        ]
+        faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}, got {each['input']!r}" for each in error.errors()]
         raise ValueError(f"{name}: {'; '.join(faults)}") from None
     if method.square_size is not None and method.rank_pattern:
         raise ValueError("rank_pattern: square_size is R of every layer, so ranks have no effect; give one of the two")

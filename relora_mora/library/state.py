@@ -1,6 +1,7 @@
 """The state of attached adapters: what it holds, whether it belongs to a model, and its file."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,50 +35,39 @@ def identity_of(method: MethodConfig, seed: int, layers: Mapping[str, AdapterLin
     }
 
 
-def check_identity(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises ValueError if the state lacks something, or belongs to other adapters than those with this identity."""
+def check_state(
+    state: Mapping[str, Any], identity: Mapping[str, Any], clock: Schedule, layers: Mapping[str, AdapterLinear]
+) -> bool:
+    """Whether the run of a state ended at a step after which this clock merges: the last step does not merge.
+
+    Raises ValueError if the state lacks something, or belongs to other adapters than those with this identity, to
+    another course of merges, or to weights of another dtype.
+    """
     missing = {*identity, *PROGRESS} - set(state)
     if missing:
         raise ValueError(f"this is not a state of adapters of this release: it has no {', '.join(sorted(missing))}")
+    step = int(state["step"])
+    owes = state.get("total_steps") == step and clock.merge_after(step)
+    before = step - 1 if owes else step
+    expected = {**identity, "merges_done": clock.merges_done(before), "operator": clock.operator(before)}
     different = [
-        f"{key} is {_short(state[key], value)}, expected {_short(value, state[key])}"
-        for key, value in identity.items()
+        f"{key} is {reprlib.repr(state[key])}, expected {reprlib.repr(value)}"
+        for key, value in expected.items()
         if state[key] != value
     ]
     if different:
         raise ValueError(
-            f"the state belongs to other adapters: {'; '.join(different)}; call attach() with the values that the "
-            "state was made with"
-        )
-
-
-def owes_merge(state: Mapping[str, Any], clock: Schedule) -> bool:
-    """Whether the run ended at a step after which this clock merges; there is no merge after the last step.
-
-    Raises ValueError if the state is from another course of merges.
-    """
-    step = int(state["step"])
-    owes = state.get("total_steps") == step and clock.merge_after(step)
-    before = step - 1 if owes else step
-    expected = {"merges_done": clock.merges_done(before), "operator": clock.operator(before)}
-    wrong = [f"{key} is {state[key]!r}, expected {value!r}" for key, value in expected.items() if state[key] != value]
-    if wrong:
-        raise ValueError(
-            f"the state at step {step} does not fit: {'; '.join(wrong)}; call attach() and schedule() with the "
+            f"the state belongs to other adapters: {'; '.join(different)}; call attach() and schedule() with the "
             "values that the state was made with"
         )
-    return owes
-
-
-def check_base(state: Mapping[str, Any], layers: Mapping[str, AdapterLinear]) -> None:
-    """Raises ValueError if the state lacks float32 values of frozen weights after a merge, or has too many."""
     weights = {f"{name}.weight": layer.base_weight for name, layer in layers.items()}
-    unexact = [name for name, weight in weights.items() if weight.dtype != torch.float32]
-    if (state["merges_done"] and set(unexact) - set(state["base"])) or set(state["base"]) - set(weights):
+    rounded = {name for name, weight in weights.items() if weight.dtype != torch.float32}
+    if (state["merges_done"] and rounded - set(state["base"])) or set(state["base"]) - set(weights):
         raise ValueError(
             f"the state has float32 values of {len(state['base'])} frozen weights, and the model needs them of "
-            f"{len(unexact)}; load the file that the first rank saved, into a model of the same dtype"
+            f"{len(rounded)}; load the file that the first rank saved, into a model of the same dtype"
         )
+    return owes
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -97,11 +87,3 @@ def read_state(folder: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
     return {**state, "base": safetensors.torch.load_file(path)}
-
-
-def _short(value: Any, other: Any) -> str:
-    """For messages; of a list, only what the other one lacks."""
-    if not isinstance(value, list) or not isinstance(other, list):
-        return repr(value)
-    rest = [each for each in value if each not in other]
-    return f"[..., {', '.join(map(repr, rest[:3]))}, ...]" if rest and len(value) > 3 else repr(value[:3])

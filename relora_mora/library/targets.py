@@ -1,6 +1,7 @@
 """Which linears of a model get an adapter, and why some cannot."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -41,13 +42,12 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> lis
     first_names = {module: name for name, module in model.named_modules()}
     matched = set().union(*matches.values())
     chosen = list(dict.fromkeys(first_names[modules[name]] for name in modules if name in matched))
-    shared = _shared_weights(model)
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for name in chosen:
-        fault = _fault(modules[name], shared) if name else "it is the whole model; put it into an nn.Sequential"
+        module = modules[name]
+        fault = _fault(module, uses) if name else "it is the whole model; put it into an nn.Sequential"
         if fault:
-            raise ValueError(
-                f"targets: {name or 'model'} ({type(modules[name]).__name__}) cannot have an adapter: {fault}"
-            )
+            raise ValueError(f"targets: {name or 'model'} ({type(module).__name__}) cannot have an adapter: {fault}")
     return chosen
 
 
@@ -76,11 +76,14 @@ def describe_targets(model: nn.Module) -> tuple[str, bool]:
     """Which linears of a model have an adapter, in words; whether its output head may be among them."""
     head = output_head(model)
     adapted = [name for name, _ in adapter_layers(model)]
-    left = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = [f"{name} (output head)" if module is head else name for name, module in left.items()]
+    left = [
+        f"{name} (output head)" if module is head else name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     text = f"{counted(len(adapted), 'linear layer')} adapted: {_short(adapted)}"
-    if names:
-        return f"{text}; not adapted: {_short(names)}", False
+    if left:
+        return f"{text}; not adapted: {_short(left)}", False
     if head is not None:
         return text, False
     text += "; no output head was recognized: if the model has one, leave it out with targets="
@@ -92,7 +95,8 @@ def _short(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
 
 
-def _fault(module: nn.Module, shared: set[int]) -> str | None:
+def _fault(module: nn.Module, uses: Counter[int]) -> str | None:
+    """Why a module cannot have an adapter. ``uses``: how many modules have each parameter, by its id."""
     if not isinstance(module, nn.Linear):
         return "it is not an nn.Linear"
     weight = module._parameters.get("weight")
@@ -102,32 +106,20 @@ def _fault(module: nn.Module, shared: set[int]) -> str | None:
         return "its hooks, or a forward of its own, would be lost; remove them first"
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device; load the weights first"
-    if type(module) is not nn.Linear and not (weight is not None and _only_multiplies(module)):
-        return (
-            "it does not compute as a plain nn.Linear does, as if it were quantized, parametrized or parallel; load "
-            "the model without"
-        )
-    assert weight is not None
+    if weight is None or not _only_multiplies(module):
+        return "it does not compute as a plain nn.Linear does, as if it were quantized; load the model without"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are supported"
-    if id(weight) in shared:
+    if uses[id(weight)] > 1:
         return "its weight is shared with another module, and a merge would change both; leave it out of targets"
     return None
 
 
 def _only_multiplies(module: nn.Linear) -> bool:
     """Whether an instance of a subclass computes ``x W^T + b`` and has nothing else."""
+    if type(module) is nn.Linear:
+        return True
     if module._parameters.keys() != {"weight", "bias"} or module._buffers or module._modules:
         return False
     shape = (module.out_features, module.in_features)
     return module.weight.is_floating_point() and module.weight.shape == shape and multiplies(module)
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """The ids of parameters that several modules have; one module may have several names."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared

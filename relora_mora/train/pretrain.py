@@ -7,7 +7,13 @@ from pathlib import Path
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.schema import Config
-from relora_mora.distributed import collectives
+from relora_mora.distributed.collectives import (
+    from_first_rank,
+    gather_from_ranks,
+    is_device_failure,
+    is_peer_failure,
+    leave_together,
+)
 from relora_mora.distributed.join import CHECKS, JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
 from relora_mora.supervise.exits import FAILED, USER_ERROR
@@ -26,7 +32,6 @@ from relora_mora.train.begin.run_folder import check_shared, write_run_folder
 from relora_mora.train.log.progress import describe
 from relora_mora.train.loop.loop import Trainer
 from relora_mora.train.state.resume import begin, checkpoint_at, resume, where_to_resume
-from relora_mora.train.state.run_state import MemoryShortage
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -40,46 +45,32 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
     """
     with guard or Guard(signals=False) as guard:
         try:
-            code = _run(config, guard)
+            code = _pretrain(config, guard)
         except Exception as error:
             _end_if_lost(guard, error)
-            mistake = isinstance(error, ValueError | OSError)
-            text = " ".join(str(error).split()) or type(error).__name__
-            guard.announce_exit(
-                USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False)
-            )
-            raise
-        collectives.leave_together()  # the first rank hosts the store that the other ranks poll
+            fault = _memory_shortage(config) if ran_out_of_memory(error) else error
+            code = USER_ERROR if isinstance(fault, ValueError | OSError) else FAILED
+            text = " ".join(str(fault).split()) or type(fault).__name__
+            guard.announce_exit(code, text, same_on_all_ranks=getattr(fault, "same_on_all_ranks", False))
+            if fault is error:
+                raise
+            raise fault from error
+        leave_together()  # the first rank hosts the store that the other ranks poll
         return code
-
-
-def _run(config: Config, guard: Guard) -> int:
-    try:
-        return _pretrain(config, guard)
-    except Exception as error:
-        if not ran_out_of_memory(error):
-            raise
-        sequences = counted(config.train.micro_batch_size, "sequence")
-        raise MemoryShortage(
-            f"train.micro_batch_size: {sequences} of {config.data.sequence_length} "
-            "tokens, the model and its optimizer need more memory than the device or its host has; lower it (or "
-            "eval.micro_batch_size, if it happened in an evaluation), or see what a run needs with relora-mora plan"
-        ) from error
 
 
 def _pretrain(config: Config, guard: Guard) -> int:
     with Bar("checking settings, model and data", show=config.log.progress):
         rank, world_size = _join(config, guard)
-        inputs = collectives.from_first_rank(lambda: open_inputs(config, world_size))  # all checks; nothing is built
+        inputs = from_first_rank(lambda: open_inputs(config, world_size))  # all checks; nothing is built
         inputs = agree(inputs, config, rank)
         inputs, mirror = _take_folder(inputs, rank, guard)
     with Bar("reading the checkpoint" if inputs.checkpoint else "building the model", show=config.log.progress):
         guard.begin("building the model", within=LONG_SECONDS)
         run = build(inputs, rank)
         state = resume(run, inputs.checkpoint) if inputs.checkpoint else begin(run)
-        if inputs.compiled:
-            warm_up(run, state, guard)
-    collectives.from_first_rank(lambda: write_run_folder(inputs, state))
+        warm_up(run, state.step, guard)
+    from_first_rank(lambda: write_run_folder(inputs, state))
     log.info("%s", describe(run, state))
     give_back_freed_memory()
     return _fit(Trainer(run, state, guard, mirror), guard)
@@ -90,13 +81,19 @@ def _join(config: Config, guard: Guard) -> tuple[int, int]:
     os.umask(os.umask(0o077) | 0o002)  # no file of a run is world-writable
     if config.train.deterministic:
         compute_deterministically()
-    longest = joined_within(config.train.peer_timeout_seconds)
+    patience = config.train.peer_timeout_seconds
+    longest = joined_within(patience)
     late = f"the ranks did not join within {longest:.0f} s; {CHECKS}"
     with guard.bound(longest, late):
-        rank, world_size = init_distributed(config.train.peer_timeout_seconds)
+        rank, world_size = init_distributed(patience)
         setup_logging(rank)
         if world_size > 1:
-            _watch(guard, config, rank, world_size)
+            job = from_first_rank(lambda: os.urandom(8).hex())
+            stacks = RunFolder(Path(config.train.run_dir)).stacks(rank)
+            watch = Watchdog(rank, world_size, patience, address=store_address(), job=job, end=guard.end, stacks=stacks)
+            gather_from_ranks(None)  # now every rank has sent its first heartbeat
+            guard.watch_peers(watch)
+            guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
     return rank, world_size
 
 
@@ -106,22 +103,37 @@ def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Inputs, Mirro
     The first rank also takes the mirror, which fills an empty run folder.
     """
     config = inputs.config
-    folder = Path(config.train.run_dir)
-    lock = collectives.from_first_rank(lambda: _lock(guard, folder))
-    check_shared(RunFolder(folder).lock, lock)
-    guard.record_in(folder)
-    mirrors: list[Mirror] = []
-    if config.checkpoint.mirror is not None:
-        guard.begin("looking for a checkpoint in the mirror", within=READING_SECONDS)
-        collectives.from_first_rank(lambda: mirrors.append(_take_mirror(config)))
-    where = collectives.from_first_rank(lambda: where_to_resume(config))
+    folder = inputs.folder
+    lock = from_first_rank(lambda: _lock(guard, folder.path))
+    check_shared(folder.lock, lock)
+    guard.record_in(folder.path)
+    mirror: Mirror | None = None
+
+    def find() -> Path | None:
+        nonlocal mirror
+        if config.checkpoint.mirror is not None:
+            mirror = Mirror(config.checkpoint.mirror, folder)
+            mirror.claim()
+            mirror.fetch(config.train.resume)
+        return where_to_resume(config)
+
+    guard.begin("looking for a checkpoint", within=READING_SECONDS if config.checkpoint.mirror else LONG_SECONDS)
+    where = from_first_rank(find)
     inputs = with_whole_text(inputs, guard)
     for remark in remarks(inputs.config):
         shared_log.warning(remark)
     guard.begin("reading the checkpoint", within=LONG_SECONDS)
     if where is not None:
         inputs = replace(inputs, checkpoint=checkpoint_at(where, inputs, rank))
-    return inputs, next(iter(mirrors), None)
+    return inputs, mirror
+
+
+def _lock(guard: Guard, folder: Path) -> str:
+    """Takes the lock of the run folder and returns the content of the lock file."""
+    lock = RunLock(folder, guard.folder_lost)
+    lock.acquire()
+    guard.hold(lock)
+    return lock.path.read_text(encoding="utf-8")
 
 
 def _fit(trainer: Trainer, guard: Guard) -> int:
@@ -140,42 +152,20 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
     """Ends the process if another rank, this rank's device or a network file system is gone."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     same = getattr(error, "same_on_all_ranks", False)
-    if collectives.is_peer_failure(error) and not isinstance(error, JoinError):  # a JoinError has its own message
+    if is_peer_failure(error) and not isinstance(error, JoinError):  # a JoinError has its own message
         guard.peer_failed(first_line)
-    if collectives.is_device_failure(error):
+    if is_device_failure(error):
         guard.machine_failed(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
     if isinstance(error, OSError) and error.errno in LOST_DISK:
         whose = "" if same else f" rank {guard.rank}"
-        guard.machine_failed(
-            f"a disk or network failed{whose} ({error.strerror}: {error.filename})", same_on_all_ranks=same
-        )
+        place = f"{error.strerror}: {error.filename}"
+        guard.machine_failed(f"a disk or network failed{whose} ({place})", same_on_all_ranks=same)
 
 
-def _watch(guard: Guard, config: Config, rank: int, world_size: int) -> None:
-    watch = Watchdog(
-        rank,
-        world_size,
-        config.train.peer_timeout_seconds,
-        address=store_address(),
-        job=collectives.from_first_rank(lambda: os.urandom(8).hex()),
-        end=guard.end,
-        stacks=RunFolder(Path(config.train.run_dir)).stacks(rank),
+def _memory_shortage(config: Config) -> ValueError:
+    sequences = counted(config.train.micro_batch_size, "sequence")
+    return ValueError(
+        f"train.micro_batch_size: {sequences} of {config.data.sequence_length} tokens, the model and its optimizer "
+        "need more memory than the device or its host has; lower it (or eval.micro_batch_size, if it happened in an "
+        "evaluation), or see what a run needs with relora-mora plan"
     )
-    collectives.gather_from_ranks(None)  # now every rank has sent its first heartbeat
-    guard.watch_peers(watch)
-    guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
-
-
-def _take_mirror(config: Config) -> Mirror:
-    mirror = Mirror(str(config.checkpoint.mirror), RunFolder(Path(config.train.run_dir)))
-    mirror.claim()
-    mirror.fetch(config.train.resume)
-    return mirror
-
-
-def _lock(guard: Guard, folder: Path) -> str:
-    """Takes the lock of the run folder and returns the content of the lock file."""
-    lock = RunLock(folder, guard.folder_lost)
-    lock.acquire()
-    guard.hold(lock)
-    return lock.path.read_text(encoding="utf-8")

@@ -5,6 +5,6 @@ Run by ``make test-gpu``.
 
 from tests.train.test_settings_reach import (
     inputs,
-    test_what_training_sees_is_evaluated_and_exported,
+    test_what_training_sees_is_evaluated,
     unchanged,
 )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import relora_mora as rm
 from tests.tools.each import each
-from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 from tests.tools.small import adamw, merging, mlp, steps
 from tests.tools.tiny import tiny_llama
 
@@ -23,15 +20,6 @@ def test_second_derivatives_are_refused_in_the_merged_form(method: Any) -> None:
     x = torch.randn(3, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivatives; use the form decoupled"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
-
-
-def test_a_tied_head_stays_tied_in_the_merged_model() -> None:
-    from transformers import LlamaForCausalLM
-
-    remora = rm.attach(LlamaForCausalLM(tiny_llama(tie_word_embeddings=True)), rm.ReMoRA(2))
-    plain: Any = remora.merged()
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-    assert plain.lm_head.weight is not remora.model.lm_head.weight
 
 
 def test_frozen_parameters_stay_frozen_in_the_merged_model() -> None:
@@ -73,30 +61,6 @@ def test_a_failed_attach_leaves_the_model_as_it_was() -> None:
     rm.attach(model, rm.ReMoRA(2))
 
 
-def test_accelerate_saves_and_loads_the_adapters(tmp_path: Path) -> None:
-    from accelerate import Accelerator
-
-    def parts(accelerator: Accelerator) -> tuple[rm.AttachedAdapters, Any]:
-        remora = rm.attach(mlp().bfloat16(), rm.ReMoRA(2, merge_every=2))
-        accelerator.register_for_checkpointing(remora)
-        _, optimizer = accelerator.prepare(remora.model, adamw(remora))
-        return remora, optimizer
-
-    with fsdp_on_cpus():
-        accelerator = Accelerator(cpu=True)
-        whole, optimizer = parts(accelerator)
-        steps(whole, optimizer, 3)
-        accelerator.save_state(str(tmp_path))
-        steps(whole, optimizer, 4)
-        accelerator = Accelerator(cpu=True)
-        resumed, optimizer = parts(accelerator)
-        accelerator.load_state(str(tmp_path))
-        assert (resumed.step, resumed.operator) == (3, 2)
-        steps(resumed, optimizer, 4)
-    expected = whole.merged_state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in resumed.merged_state_dict().items())
-
-
 def test_a_longer_run_continues_a_finished_one_exactly() -> None:
     """The last step of a run does not merge, so the run that continues it does."""
 
@@ -126,16 +90,6 @@ def test_a_longer_run_continues_a_finished_one_exactly() -> None:
     assert all(torch.equal(value, merged[name]) for name, value in whole.merged_state_dict().items())
 
 
-def test_catch_up_leaves_the_rates_of_other_schedules() -> None:
-    remora = merging()
-    optimizer = adamw(remora)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    steps(remora, optimizer, 3, schedule)
-    rate = schedule.get_last_lr()
-    assert remora.catch_up(optimizer, schedule) is None
-    assert schedule.get_last_lr() == rate
-
-
 @each("method", [rm.ReMoRA(2), rm.ReLoRA(2)])
 def test_adapters_are_float32_whatever_the_defaults_of_torch_are(method):
     model = mlp()
@@ -157,26 +111,6 @@ def test_weights_without_their_state_bring_the_operator() -> None:
     x = torch.randn(3, 16)
     assert (remora.operator, other.operator) == (2, 2)
     assert torch.equal(other.model(x), remora.model(x))
-
-
-def test_a_state_is_saved_into_a_new_folder_with_any_whole_number_as_its_seed(tmp_path: Path) -> None:
-    rm.attach(mlp(), rm.ReMoRA(2), seed=np.int64(3)).save(tmp_path / "a" / "b")
-    other = rm.attach(mlp(), rm.ReMoRA(2), seed=3)
-    other.load(tmp_path / "a" / "b")
-    assert other.seed == 3
-
-
-def test_adapters_that_have_no_gradient_in_the_first_step() -> None:
-    """Two towers, one of which is not used."""
-    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in "ab"})
-    remora = rm.attach(model, rm.ReMoRA(2, merge_every=2))
-    optimizer = adamw(remora)
-    for tower in "aabb":
-        model[tower](torch.ones(3, 16)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        remora.after_step(optimizer)
-    assert remora.merges_done == 2
 
 
 def test_a_merge_that_stops_halfway_says_that_the_model_is_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +154,3 @@ def test_the_output_head_of_any_language_model_is_left_out_and_the_log_says_so(
     assert "lm" in rm.attach(Gpt(outputs=10), rm.LoRA(2)).layers
     assert caplog.records[-1].levelname == "WARNING"
     assert all("no output head was recognized" in text and "targets=" in text for text in caplog.messages[-2:])
-
-
-def test_a_record_of_a_merge_is_shown_with_four_digits() -> None:
-    remora = rm.attach(mlp(), rm.ReLoRA(2, merge_every=1))
-    record = steps(remora, adamw(remora), 1)
-    assert record is not None
-    assert f"delta_norm={{0: {record.delta_norm['0']:.4g}, " in repr(record)

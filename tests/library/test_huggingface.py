@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import relora_mora as rm
-from tests.tools.each import each
 from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 from tests.tools.grids import rest
 from tests.tools.tiny import tiny_llama
@@ -115,19 +114,6 @@ def test_a_resume_is_bit_equal_before_and_after_a_merge(tmp_path, dtype):
 
 
 @pytest.mark.more
-def test_the_state_of_another_step_or_none_is_refused(tmp_path):
-    trained(tmp_path / "whole")
-    keep(tmp_path / "whole", tmp_path / "cut", 6)
-    state = tmp_path / "cut" / "checkpoint-6" / "remora.safetensors"
-    shutil.copy(tmp_path / "whole" / "checkpoint-4" / "remora.safetensors", state)
-    with pytest.raises(ValueError, match="of step 4, the Trainer's is of step 6"):
-        trained(tmp_path / "cut", resume=True)
-    state.unlink()
-    with pytest.raises(FileNotFoundError, match="there is no state of the adapters"):
-        trained(tmp_path / "cut", resume=True)
-
-
-@pytest.mark.more
 def test_the_best_checkpoint_comes_back_with_its_operator(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
     _, remora, trainer = trained(tmp_path, max_steps=6, load_best_model_at_end=True, **best)
@@ -199,12 +185,6 @@ def test_skipped_steps_count_neither_for_merges_nor_for_rates(tmp_path: Path, mo
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two ReMoRACallbacks for one model"):
         trained(tmp_path, max_steps=2, callbacks=2)
-
-
-@each("merge_every,expected", [(4, 2), (2000, 50)])
-def test_the_warmup_after_a_merge_is_no_longer_than_half_of_the_interval(merge_every: int, expected: int) -> None:
-    remora = rm.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), rm.ReMoRA(2, merge_every=merge_every))
-    assert rm.ReMoRACallback(remora).restart_warmup_steps == expected
 
 
 def on_ranks(folder: Path, kind: str) -> Any:

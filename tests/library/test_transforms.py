@@ -78,8 +78,3 @@ def test_a_model_can_be_copied_and_saved_after_a_training_forward(form: str) -> 
     for other in (copy.deepcopy(model), averaged.module):
         assert torch.equal(other(ids).logits, model(ids).logits)
     torch.save(model, io.BytesIO())
-
-
-def test_whole_numbers_are_refused_as_by_a_linear() -> None:
-    with pytest.raises(TypeError, match=r"floating-point numbers, got torch.int64"):
-        model_of(1, "auto")[0](torch.ones(2, 32, dtype=torch.int64))

@@ -112,12 +112,12 @@ def built(config: Config) -> Any:
     return run
 
 
-def opened(folder: Path, step: int, *, repeated: frozenset[str] = frozenset(), loggers: Sequence[Any] = ()) -> Any:
+def opened(folder: Path, step: int, *, loggers: Sequence[Any] = ()) -> Any:
     """The metrics of a run that begins, or continues after a step."""
     from relora_mora.train.log.report import Metrics
 
-    written = Metrics(folder, loggers=loggers)
-    written.open(step, repeated)
+    written = Metrics(folder, loggers)
+    written.open(step)
     return written
 
 

@@ -15,7 +15,7 @@ def mlp() -> nn.Sequential:
 
 def merging(every: int = 2, **settings: Any) -> rm.AttachedAdapters:
     """The model with adapters that are merged every few steps."""
-    return rm.attach(mlp(), rm.ReMoRA(2, merge_every=every, **settings))
+    return rm.attach(mlp(), rm.ReMoRA(**{"rank": 2, "merge_every": every, **settings}))
 
 
 def adamw(remora: rm.AttachedAdapters) -> torch.optim.AdamW:

@@ -63,7 +63,7 @@ def lose_rank_1() -> None:
             case "while it connects":
                 torch.distributed.init_process_group = connecting(torch.distributed.init_process_group)
             case "at the end":
-                pretrain.collectives.leave_together = killed  # type: ignore[assignment]
+                pretrain.leave_together = killed  # type: ignore[assignment]
             case "in a save":
                 CheckpointWriter._write = killed_later  # type: ignore[method-assign]
             case "device":

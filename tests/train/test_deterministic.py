@@ -13,7 +13,7 @@ from torch._inductor import config as inductor
 from relora_mora.system import hardware
 from relora_mora.system.hardware import compute_deterministically
 from relora_mora.train.pretrain import pretrain
-from tests.tools.helpers import ROOT, arithmetic_put_back
+from tests.tools.helpers import arithmetic_put_back
 from tests.tools.tiny import tiny_config
 
 
@@ -60,9 +60,3 @@ def test_a_run_on_gpus_is_switched_before_the_ranks_meet(switches: pytest.Monkey
     with pytest.raises(StopHere):
         pretrain(tiny_config(train={"deterministic": deterministic}))
     assert seen == [{deterministic}]
-
-
-def test_no_kernel_sums_in_a_varying_order() -> None:
-    """torch knows its own kernels only."""
-    kernels = sorted((ROOT / "relora_mora").rglob("*.py"))
-    assert [path.name for path in kernels if "tl.atomic" in path.read_text(encoding="utf-8")] == []

@@ -100,13 +100,3 @@ def test_generation_does_not_affect_training(pools, inputs, tokenizer_path, tmp_
     assert all(torch.equal(with_answers[key], without[key]) for key in without)
     assert not generated(runs[0])
     assert len(generated(runs[5])) == 2
-
-
-@pytest.mark.more
-def test_each_set_has_its_own_numbers(pools, inputs, tokenizer_path, tmp_path):
-    text = {"source": str(inputs / "validation" / "*.json.gz"), "records": {"kind": "text"}}
-    sets = {"pairs": str(inputs / "pairs.jsonl"), "plain": text}
-    pools(1)(train, memory(inputs, tokenizer_path, tmp_path / "run", data={"validation": sets}, train={"steps": 6}))
-    [*_, last] = [line for line in metrics(tmp_path / "run") if "eval/pairs/exact_match" in line]
-    assert last["eval/pairs/character_accuracy"] == last["eval/character_accuracy"]
-    assert not any("plain" in tag and "match" in tag for tag in last)

@@ -84,15 +84,6 @@ def test_the_total_equals_the_loss_of_one_text(runs, inputs, tokenizer_path, tog
         assert line["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
-@pytest.mark.more
-def test_the_command_reports_a_set_with_another_tokenizer(together, tokenizer_path, other_tokenizer):
-    folder, _ = together[2]
-    for tokenizer, is_another in ((tokenizer_path, False), (other_tokenizer, True)):
-        answer = call(EVALUATE, folder, "--max_tokens=200", f"--tokenizer={tokenizer}")
-        assert answer.code == 0, answer.err
-        assert (f"{tokenizer} gives other tokens than the model's own tokenizer" in answer.err) == is_another
-
-
 def test_the_command_scores_the_text_of_the_run(inputs, together):
     folder, lines = together[2]
     answer = call(EVALUATE, folder, "--max_tokens=200")
@@ -107,20 +98,6 @@ def test_the_command_scores_the_text_of_the_run(inputs, together):
     assert heading == ["tokens", "loss", "perplexity", "bits", "per", "byte"]
     assert [row[0] for row in rows] == ["books", "web", "all"]
     assert float(rows[1][2]) == pytest.approx(values["sets"]["web"]["loss"], abs=1e-4)
-
-
-@pytest.mark.more
-def test_the_command_takes_sets_and_records(inputs, together):
-    folder, _ = together[1]
-    of_run = call(EVALUATE, folder)
-    given = call(EVALUATE, folder, f"--data={json.dumps(_sets(inputs))}")
-    assert given.out == of_run.out
-    assert given.code == 0
-    shared = {"web": str(inputs / "web.json"), "books": {"source": str(inputs / "books.json"), "text_column": "text"}}
-    answer = call(EVALUATE, folder, f"--data={json.dumps(shared)}", "--data.text_column=body")
-    assert json.loads(answer.out.splitlines()[-1])["sets"] == json.loads(of_run.out.splitlines()[-1])["sets"]
-    alone = call(EVALUATE, folder, f"--data={inputs}/books.json")
-    assert json.loads(alone.out) == json.loads(of_run.out.splitlines()[-1])["sets"]["books"]
 
 
 def test_a_set_that_cannot_be_read_is_named(inputs, together):

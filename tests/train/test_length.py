@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from relora_mora.config.load import ConfigError
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import count_epochs
 from tests.tools.runs import metrics, refusal_of, run_config, train, write_inputs
@@ -37,7 +38,7 @@ def test_nothing_is_counted_if_something_is_missing(pools, tokenizer_path, tmp_p
     (inputs / "train" / "bad.json").write_text("counting would stop here\n")
     data = {"train": f"{inputs}/train/*", "validation": f"{inputs}/nowhere.json"}
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data=data, train={"steps": None, "epochs": 1.0})
-    (message,) = pools(1)(refusal_of, config, SourceError)
+    (message,) = pools(1)(refusal_of, config, ConfigError)
     assert "no file matches" in message
     (inputs / "empty.json").touch()
     empty = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data={"train": f"{inputs}/empty.json"})

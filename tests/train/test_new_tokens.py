@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -120,29 +119,6 @@ def test_the_rows_of_new_tokens(inputs, tokenizer_path, extended, tmp_path):
         assert torch.equal(rows["mean_of_pieces"][number], weight[pieces].mean(0))
     drawn = (rows["normal"][OLD:NEW] - mean) / weight.std(0)
     assert drawn.std().item() == pytest.approx(1, abs=0.2)
-
-
-def test_a_plan_counts_the_rows_of_new_tokens(inputs, tokenizer_path, extended, tmp_path):
-    from relora_mora.experiments.planner.given import read_run
-
-    config = settings(inputs, base_model(tmp_path / "base", tokenizer_path), extended, tmp_path / "run")
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    planned, model_config, _ = read_run(str(tmp_path / "run.yaml"), {}, world_size=1, finetune=False)
-    assert (model_config.vocab_size, planned.method.train_embeddings) == (320, OLD)
-
-
-def test_rows_that_a_model_has_to_spare_are_used_first(inputs, tokenizer_path, extended, tmp_path):
-    from relora_mora.weights.vocabulary import add_rows
-
-    base = base_model(tmp_path / "base", tokenizer_path, vocab_size=384)
-    lm = AutoModelForCausalLM.from_pretrained(base)
-    config = with_vocabulary(settings(inputs, base, extended, tmp_path, model={"new_tokens": "mean"}))
-    weights = dict(lm.state_dict())
-    add_rows(weights, lm, config)
-    before, after = lm.lm_head.weight, weights["lm_head.weight"]
-    changed = (before != after).any(1)
-    assert changed.nonzero().flatten().tolist() == [*range(OLD, NEW)]
-    assert torch.equal(after[OLD], before[:OLD].mean(0))
 
 
 @each(

@@ -105,17 +105,6 @@ def test_steps_inside_a_prompt_report_no_loss(pools, inputs, tokenizer_path, tmp
     assert min(losses) > 0.5
 
 
-@pytest.mark.more
-def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
-    config = _config(inputs, tokenizer_path, tmp_path / "run", 1, packing="none")
-    config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1.0, "batch_size": 8})})
-    pools(1)(train, config)
-    last = [line for line in metrics(tmp_path / "run") if "train/documents" in line][-1]
-    assert last["step"] == 15
-    assert last["train/documents"] == 15 * 8  # 117 records that can be used, and the first 3 of the next epoch
-    assert last["perf/data_skipped/no_answer"] == last["perf/data_bad_lines"] == 3
-
-
 def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
     (tmp_path / "run.yaml").write_text(dump(config))
@@ -126,10 +115,6 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
     assert first.startswith("--- row 1: ")
     assert conversation == "u:the rank 0a:[matrix ]"
     assert share.endswith("tokens are scored (the first 117 rows; left out: no_answer: 3)")
-    refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=0"), "--show: got 0; ")
-    wrong = "--data.records.kind=sharegpt"
-    answer = call(PRETRAIN, tmp_path / "run.yaml", "--show=1", wrong)
-    assert answer.code == 2 and 'one has no "conversations"' in answer.err.splitlines()[-1], answer
 
 
 @each(

@@ -76,38 +76,15 @@ def test_tasks_are_scored_as_by_evaluate_on_any_ranks_and_do_not_affect_training
 @needs_lm_eval
 def test_a_stopped_run_neither_loses_nor_repeats_scores(pools, inputs, tokenizer_path, tmp_path):
     best = {"every_steps": 1, "keep_last": 1, "keep_best": "tasks/local_uuid/character_accuracy"}
-    for name, stops in (("whole", (None,)), ("stopped", (2, 3, "within tasks", None))):
+    for name, stops in (("whole", (None,)), ("stopped", (2, 3, None))):
         for stop in stops:
             config = scored(inputs, tokenizer_path, tmp_path / name, 2, checkpoint=best)
-            if stop == "within tasks":
-                assert pools(2)(stopped_within_tasks, config, 4) == [75, 75]
-                assert 4 not in scores(tmp_path / name)
-            else:
-                pools(2)(train, config, stop)
+            pools(2)(train, config, stop)
     assert scores(tmp_path / "stopped") == scores(tmp_path / "whole")
     first = max(range(2, 7, 2), key=lambda step: scores(tmp_path / "whole")[step][f"{best['keep_best']}/first-3"])
     assert [(tmp_path / name / "checkpoints" / "best").read_text() for name in ("whole", "stopped")] == [
         f"step-{first:08d}\n"
     ] * 2
-
-
-def stopped_within_tasks(config: Config, at: int) -> int:
-    """Rank 1 is asked to stop when tasks are scored at a step. Returns the exit code, as a signal would give it."""
-    from relora_mora.supervise.guard import Guard
-    from relora_mora.train.loop.evaluating import Evaluating
-    from relora_mora.train.pretrain import pretrain
-
-    guard = Guard(signals=False)
-    go_on = Evaluating._go_on
-
-    def asked(self: Evaluating, step: int, what: str, **how: Any) -> bool:
-        if (step, what, self.engine.rank) == (at, "tasks", 1):
-            guard.stop_reason = "the test"
-        return go_on(self, step, what, **how)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluating, "_go_on", asked)
-        return pretrain(config, guard)
 
 
 def test_ranks_with_other_rows_do_not_score_together():
@@ -126,7 +103,6 @@ def test_ranks_with_other_rows_do_not_score_together():
     [
         ({"tasks": ["nonsense"]}, HarnessError, "eval.tasks: lm-eval has no task nonsense"),
         ({"tasks": ["local_uuid"]}, HarnessError, "local_uuid: needs eval.task_data"),
-        ({"tasks": ["{inputs}/broken.yaml"]}, HarnessError, "broken.yaml: cannot be loaded"),
         ({"tasks": ["{inputs}/none.yaml"]}, HarnessError, "eval.tasks: lm-eval has no task"),
         ({"tasks": ["{inputs}/own.yaml"], "keep_best": "tasks/own/exact"}, ConfigError, "tasks/own/acc_norm"),
     ],
@@ -134,8 +110,7 @@ def test_ranks_with_other_rows_do_not_score_together():
 def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
     runs, inputs, tokenizer_path, tmp_path, settings, error, expected
 ):
-    # without data_files, datasets would search all files below the working directory
-    (inputs / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: none.jsonl}\n")
+    own_task(inputs)
     settings = {**settings, "tasks": [name.format(inputs=inputs) for name in settings["tasks"]]}
     best = {"keep_best": settings.pop("keep_best", None)}
     config = scored(inputs, tokenizer_path, tmp_path / "run", eval=settings, checkpoint=best)

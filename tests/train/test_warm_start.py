@@ -35,19 +35,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama2": {},
     "llama3": {"num_key_value_heads": 1, "head_dim": 16, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}},
-    "llama3_tied": {
-        "num_key_value_heads": 1,
-        "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0},
-        "tie_word_embeddings": True,
-    },
     "biased": {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rms_norm_eps": 1e-3, "pad_token_id": 2},
-    "mistral": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 32},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True},
 }
-OLD = ("llama2", "llama3", "qwen2")  # plain and scaled RoPE, and another kind of model
 # what exports of transformers 4 carry, and what trainers and the hub add
 OLD_KEYS = {
     "_name_or_path": "./somewhere",
@@ -107,18 +99,14 @@ def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
     return json.loads(call(EVALUATE, folder, *argv).out.splitlines()[-1])["loss"]
 
 
-CASES: list[Any] = [("llama3", "old"), ("biased", "new"), ("qwen2", "old"), ("qwen3", "new")]
-CASES += rest(("llama2", "old"), ("llama3_tied", "new"), ("mistral", "new"), *((shape, "new") for shape in OLD))
-
-
-@pytest.mark.parametrize(("shape", "style"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "style"), [("llama3", "old"), ("qwen2", "old"), *rest(("biased", "new"), ("qwen3", "new"))]
+)
 def test_the_first_loss_is_the_loss_of_the_folder(pools, inputs, tokenizer_path, tmp_path, shape, style):
     if shape == "qwen2":  # transformers accepts no other tokenizers next to such a model
         tokenizer_path = str(tmp_path / "tokenizer")
         save_bytes_tokenizer(Path(tokenizer_path))
     folder = save(tmp_path / "model", **SHAPES[shape])
-    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
-    class_name = json.loads((folder / "config.json").read_text())["architectures"][0]
     if style == "old":
         as_old(folder)
     loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
@@ -126,52 +114,24 @@ def test_the_first_loss_is_the_loss_of_the_folder(pools, inputs, tokenizer_path,
     with pytest.MonkeyPatch.context() as patch:  # and of plain transformers, from unchunked logits
         patch.setattr("relora_mora.model.causal.head_scale", lambda lm: (False, None))
         assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
-    export(export_of(pools, inputs, tokenizer_path, tmp_path, folder), tmp_path / "out")
-    kept = json.loads((tmp_path / "out" / "config.json").read_text())
-    wanted: dict[str, Any] = {"unk_token_id": 0, "pretraining_tp": 1} if style == "old" else {}
-    wanted["architectures"] = [class_name]
-    wanted["pad_token_id"] = 256 if shape == "qwen2" else None  # as the tokenizer says
-    assert {key: kept.get(key) for key in wanted} == wanted
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
 
 
-def export_of(pools: Any, inputs: Path, tokenizer: str, tmp_path: Path, folder: Path) -> Path:
-    """A run of one step from the folder."""
-    model = {"config": str(folder / "config.json"), "init_from": str(folder)}
-    sections = {"method": {"name": "full"}, "train": {"steps": 3}, "eval": {"at_start": False, "every_steps": 0}}
-    pools(1)(train, run_config(inputs, tokenizer, tmp_path / "short", model=model, **sections))
-    return tmp_path / "short"
-
-
-@pytest.mark.parametrize("kind", ["bf16", "shards", "bin", "inv_freq", "headless"])
+@pytest.mark.parametrize("kind", ["shards", "bin", "headless"])
 def test_other_ways_to_save_weights(pools, inputs, tokenizer_path, tmp_path, kind):
     folder = tmp_path / "model"
-    save(
-        folder,
-        torch.bfloat16 if kind == "bf16" else torch.float32,
-        "20KB" if kind == "shards" else "5GB",
-        tie_word_embeddings=True,
-    )
+    save(folder, torch.bfloat16, "10KB" if kind == "shards" else "5GB", tie_word_embeddings=True)
     file = folder / "model.safetensors"
     if kind == "shards":
         assert len(list(folder.glob("model-*.safetensors"))) > 2
     elif kind == "bin":
         torch.save(load_file(file), folder / "pytorch_model.bin")
         file.unlink()
-    elif kind == "inv_freq":
-        extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(6) for layer in range(2)}
-        save_file(load_file(file) | extra, file, metadata={"format": "pt"})
-    elif kind == "headless":
-        names = load_file(file)
-        assert "lm_head.weight" not in names
-        save_file(
-            {name.removeprefix("model."): value for name, value in names.items()}, file, metadata={"format": "pt"}
-        )
+    else:
+        weights = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+        assert "lm_head.weight" not in weights
+        save_file(weights, file, metadata={"format": "pt"})
     loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
     assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
-
-
-# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -198,12 +158,8 @@ def refuses(runs, tmp_path) -> Callable[..., None]:
     [
         {"num_hidden_layers": 3},
         {"num_attention_heads": 4, "head_dim": 6},
-        {"num_attention_heads": 1, "head_dim": 24, "num_key_value_heads": 1},
         {"attention_bias": True},
-        {"mlp_bias": True},
-        {"rms_norm_eps": 1e-5},
         {"hidden_act": "gelu"},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
         {"tie_word_embeddings": True},
         {"vocab_size": 384},
@@ -214,27 +170,18 @@ def test_a_model_that_computes_something_else_is_refused(refuses, tmp_path, chan
     refuses(folder, *(f"model.init_from: {key} is " for key in changes), "in model.config")
 
 
-def test_all_differences_are_named_together(refuses, tmp_path):
-    folder = save(tmp_path / "model", hidden_act="gelu", rms_norm_eps=1e-5)
-    as_old(folder)
-    rewrite(folder, rope_theta=500.0)
-    refuses(folder, "3 faults", "hidden_act is 'gelu' in that", "rms_norm_eps is 1e-05 in that", "'rope_theta': 500.0")
-
-
 @each(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2' in that model and 'llama' in model.config"),
         ({"model_type": "gtp2"}, "model_type is 'gtp2', expected a causal language model of transformers"),
         ({}, "model_type is 'qwen2' in that model and 'llama' in model.config"),
-        (None, "it has no model_type; set it there"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config is "),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "auto_map is "),
     ],
 )
 def test_another_architecture_is_refused(refuses, tmp_path, changes, message):
     folder = save(tmp_path / "model", model_type="qwen2", num_key_value_heads=2)
-    rewrite(folder, ("model_type",) if changes is None else (), **(changes or {}))
+    rewrite(folder, **changes)
     refuses(folder, message)
 
 

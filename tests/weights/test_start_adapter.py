@@ -129,30 +129,18 @@ def refuses(inputs, tokenizer_path, tmp_path):
 @each(
     ("name", "changes", "parts"),
     [
-        ("lora", METHODS["mora1"], ["mora in the settings", "is a LoRA; set method.name=lora"]),
-        ("mora1", METHODS["lora"], ["lora in the settings", "is a MoRA; set method.name=mora"]),
         (
             "lora",
-            {"target_modules": ["q_proj", "v_proj"]},
-            ["q_proj, v_proj in the settings", "set method.target_modules=[down_p"],
+            METHODS["mora1"],
+            ["lora_A is (4, 40) in", "it is LoRA with ranks {down_proj: 4, ", "set method.name"],
         ),
-        ("mora1", {"operators": [6], "square_multiple": 2}, ["begins with 6", "has operator 1; begin with 1"]),
-        (
-            "lora",
-            {"lora_alpha": 4.0},
-            ["method.lora_alpha: 4 in the settings and 6 in the adapter", "set method.lora_alpha=6"],
-        ),
-        (
-            "lora",
-            {"rank": 2},
-            ["lora_A is [4, 40]", "and [2, 40] in this run (28 ten", "set method.rank=4"],
-        ),
-        (
-            "lora_pattern",
-            {"rank_pattern": {}},
-            ["lora_A", "(8 ten", "method.rank_pattern={down_proj: 6, gate_proj: 4,"],
-        ),
-        ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] in this run (14 ten", "R is 16 in the adapter"]),
+        ("mora1", METHODS["lora"], ["lora_A is missing in", "it is MoRA with R of {down_proj: 16, "]),
+        ("lora", {"target_modules": ["q_proj", "v_proj"]}, ["missing in this run", "set method.name, rank"]),
+        ("mora1", {"operators": [6], "square_multiple": 2}, ["method.operators: begins with 6", "has operator 1"]),
+        ("lora", {"lora_alpha": 4.0}, ["method.lora_alpha: 4.0 in the settings and 6 in the adapter"]),
+        ("lora", {"rank": 2}, ["lora_A is (4, 40)", "and (2, 40) in this run (28 tensors differ)"]),
+        ("lora_pattern", {"rank_pattern": {}}, ["lora_A", "(8 tensors", "with ranks {down_proj: 6, gate_proj: 4,"]),
+        ("mora1", {"rank": 5}, ["mora_M is (16, 16)", "and (17, 17) in this run (14 tensors differ)"]),
         ("lora_with_modules", ADAPTERS_ONLY, ["it contains lm_head.weight"]),
     ],
 )
@@ -170,10 +158,10 @@ def test_settings_that_differ_from_the_adapters_are_refused(refuses, base, adapt
 def test_an_adapter_of_another_model_is_refused(refuses, adapters, tmp_path):
     narrow = save_base(tmp_path / "narrow", intermediate_size=32)
     messages = (
-        "down_proj.lora_A is [4, 40]",
+        "down_proj.lora_A is (4, 40)",
         str(adapters["lora"]),
-        "and [4, 32] in this run",
-        "the adapter of another model, give that model",
+        "and (4, 32) in this run",
+        "and model.init_from to its model",
     )
     refuses(narrow, adapters["lora"], METHODS["lora"] | ADAPTERS_ONLY, *messages)
 

@@ -58,7 +58,8 @@ OWN_RULES = (
          "use method.reset=full"),
     Rule("method.reset method.operators method.name",
          lambda c: c.merges and c.reset == "carry" and _ungrouped(c),
-         "carry needs operators that are pairs of groupings, and {found} is not; use method.reset=full"),
+         "carry needs operators that are pairs of groupings, and method.operators has {found}; set method.operators, "
+         "or use method.reset=full"),
 )
 # of a Config
 METHOD_RULES = (

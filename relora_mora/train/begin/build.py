@@ -33,14 +33,85 @@ from relora_mora.optim.groups import (
 from relora_mora.schedule import Schedule
 from relora_mora.sizing.fit import choose_forms, uneven_widths
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
-from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.logs import log, shared_log
 from relora_mora.train.begin.inputs import Inputs
-from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.load import start_config, start_weights
 from relora_mora.weights.peft import AdapterFolder
 from relora_mora.weights.vocabulary import add_rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run. Its progress is in a :class:`RunState`."""
+
+    inputs: Inputs
+    engine: ZeroEngine
+    base: FrozenMasters
+    merger: Merger
+    groups: list[ParameterGroup]
+    schedule: Schedule
+
+    @property
+    def config(self) -> Config:
+        return self.inputs.config
+
+
+def build(inputs: Inputs, rank: int) -> Run:
+    """A run at its start; a collective.
+
+    If it resumes, no value is drawn or read, since all values will come from the checkpoint.
+    """
+    config = inputs.config
+    setup = inputs.setup
+    resumes = inputs.checkpoint is not None
+    lm = empty_model(inputs.model_config, attention=config.model.attention)
+    if config.model.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.method.uses_adapters:
+        with torch.device("meta") if resumes else contextlib.nullcontext():
+            inject(lm, config.method, seed=config.train.seed)
+    set_trainable(lm, config.method)
+    choose_forms(lm, setup, inputs.memory)  # all ranks choose the same forms
+    _describe(lm, inputs)
+    groups = parameter_groups(lm, config.optim, keeps_rows=config.method.trains_rows)
+    frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
+    base = FrozenMasters(frozen, rank, setup.world_size)
+    # drawn and read while shapes are known: with ZeRO-3, parameters have no shape later
+    creator, values = ({}, {}) if resumes else start_values(lm, base, config, setup.world_size)
+    dtype = torch.bfloat16 if setup.bf16 else torch.float32
+    # zeros use no memory until they are written to; DeepSpeed places, casts and partitions them
+    put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
+    if config.method.trains_rows:
+        keep_old_rows(lm, int(config.method.train_embeddings))
+    for _, layer in adapter_layers(lm):
+        layer.pack(empty=True)
+    module = LossModel(lm, compiled=setup.compiles, passes_boundaries=inputs.passes_boundaries)
+    optimizer = build_optimizer(lm, groups, config.optim)
+    engine = ZeroEngine(module, lm, optimizer, config.train, clip=config.optim.clip, bf16=setup.bf16)
+    if not resumes:
+        write_initial_values(engine, base, creator, values)
+    merger = Merger(engine, base, config.method, seed=config.train.seed)
+    schedule = make_schedule(config.method, config.optim, config.train.steps)
+    return Run(inputs, engine, base, merger, groups, schedule)
+
+
+def _describe(lm: PreTrainedModel, inputs: Inputs) -> None:
+    """Logs what trains, and how the layers compute."""
+    method = inputs.config.method
+    layers = [layer for _, layer in adapter_layers(lm)]
+    if layers:
+        used = ops.describe("cuda" if inputs.setup.on_gpu else "cpu")
+        stored = f"; weights in {method.eight_bits}" if method.eight_bits else ""
+        resident = "; W + delta is resident" if any(layer.resident for layer in layers) else ""
+        log.info("%s adapters on %d layers; %s%s%s", method.name, len(layers), used, stored, resident)
+        if expert_parameters(lm):
+            log.info("experts and routers have no adapters")
+    for note in uneven_widths(inputs.model_config) if inputs.setup.on_gpu else ():
+        shared_log.warning("model: %s", note)
+    counts = count_parameters(lm)
+    numbers = (f"{counts.total:,}", f"{counts.trainable:,}", f"{counts.adapters:,}")
+    log.info("parameters: %s total, %s trainable, %s adapters", *numbers)
 
 
 def start_values(
@@ -52,15 +123,11 @@ def start_values(
     ``model.init_from`` and ``model.adapter``; the values of an adapter replace those that its layers were drawn with.
     """
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
-    values: dict[str, torch.Tensor] = {}
     if config.model.init_from is not None:
+        values: dict[str, torch.Tensor] = {}
 
         def read() -> list[str]:
             values.update(_foreign_weights(config, lm, shapes))
-            if config.model.adapter is not None:
-                adapter = AdapterFolder(Path(config.model.adapter))
-                adapter.check_base(values.get, config.model.init_from or "model.init_from")
-                values.update((name, adapter.value(name)) for name in adapter.shapes)
             return list(values)
 
         return dict.fromkeys(from_first_rank(read), 0), values
@@ -101,7 +168,7 @@ def write_initial_values(
 
 
 def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The float32 weights of ``model.init_from`` by the parameter names of this run's model.
+    """The float32 weights of ``model.init_from``, with ``model.adapter``, by the names of this run's parameters.
 
     Raises :class:`ConfigError` if they do not fit, or if they compute something else in the model they come from.
     """
@@ -127,107 +194,33 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
     if broken:
         fault = f"model.init_from: numbers that are not finite in {abbreviate(broken)}; use undamaged weights"
         raise ConfigError([fault], str(path))
-    return {name: weights[name] for name in shapes}
+    weights = {name: weights[name] for name in shapes}
+    if config.model.adapter is not None:
+        adapter = AdapterFolder(Path(config.model.adapter))
+        adapter.check_base(weights.get, str(path))
+        weights |= {name: adapter.value(name) for name in adapter.shapes}
+    return weights
 
 
-@dataclass(frozen=True)
-class Run:
-    """The parts of a run. Its progress is in a :class:`RunState`."""
+def warm_up(run: Run, step: int, guard: Guard) -> None:
+    """Compiles the layers for all steps after this one, if they are under torch.compile.
 
-    inputs: Inputs
-    engine: ZeroEngine
-    base: FrozenMasters
-    merger: Merger
-    groups: list[ParameterGroup]
-    schedule: Schedule
-
-    @property
-    def config(self) -> Config:
-        return self.inputs.config
-
-
-def build(inputs: Inputs, rank: int) -> Run:
-    """A run at its start; a collective.
-
-    If it resumes, no value is drawn or read, since all values will come from the checkpoint.
+    Runs one micro-batch of each kind of training and evaluation with each remaining operator, on this rank. The state
+    of the run does not change.
     """
-    config = inputs.config
-    resumes = inputs.checkpoint is not None
-    lm = empty_model(inputs.model_config, attention=config.model.attention)
-    if config.model.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.method.uses_adapters:
-        _add_adapters(lm, config, with_values=not resumes)
-    set_trainable(lm, config.method)
-    choose_forms(lm, inputs.setup, inputs.memory)  # all ranks choose the same forms
-    _log_storage(lm, config)
-    for note in uneven_widths(inputs.model_config) if uses_cuda() else ():
-        shared_log.warning("model: %s", note)
-    groups = parameter_groups(lm, config.optim, keeps_rows=config.method.trains_rows)
-    counts = count_parameters(lm)
-    log.info(
-        "parameters: %s total, %s trainable, %s adapters",
-        f"{counts.total:,}",
-        f"{counts.trainable:,}",
-        f"{counts.adapters:,}",
-    )
-    frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
-    base = FrozenMasters(frozen, rank, inputs.world_size)
-    # drawn and read while shapes are known: with ZeRO-3, parameters have no shape later
-    creator, values = ({}, {}) if resumes else start_values(lm, base, config, inputs.world_size)
-    dtype = torch.bfloat16 if inputs.bf16 else torch.float32
-    # zeros use no memory until they are written to; DeepSpeed places, casts and partitions them
-    put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
-    if config.method.trains_rows:
-        keep_old_rows(lm, int(config.method.train_embeddings))
-    for _, layer in adapter_layers(lm):
-        layer.pack(empty=True)
-    module = LossModel(lm, compiled=inputs.compiled, passes_boundaries=inputs.passes_boundaries)
-    engine = ZeroEngine(
-        module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=inputs.bf16
-    )
-    if not resumes:
-        write_initial_values(engine, base, creator, values)
-    merger = Merger(engine, base, config.method, seed=config.train.seed)
-    schedule = make_schedule(config.method, config.optim, config.train.steps)
-    return Run(inputs, engine, base, merger, groups, schedule)
-
-
-def _log_storage(lm: PreTrainedModel, config: Config) -> None:
-    if config.method.eight_bits is None:
+    if not run.inputs.setup.compiles:
         return
-    resident = any(layer.resident for _, layer in adapter_layers(lm))
-    form = "only stored" if not config.method.base_products else "resident" if resident else "decoupled"
-    log.info("weights under adapters: %s, %s", config.method.eight_bits, form)
-
-
-def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:
-    with contextlib.nullcontext() if with_values else torch.device("meta"):
-        adapters = inject(lm, config.method, seed=config.train.seed)
-    kinds = ", ".join(f"{len(names)} {kind}" for kind, names in adapters.items())
-    used = ops.describe("cuda" if uses_cuda() else "cpu")
-    log.info("%s adapters on %d layers: %s; %s", config.method.name, sum(map(len, adapters.values())), kinds, used)
-    if expert_parameters(lm):
-        log.info("experts and routers have no adapters")
-
-
-def warm_up(run: Run, state: RunState, guard: Guard) -> None:
-    """Compiles ahead of time: runs one micro-batch of each kind with each remaining operator, on this rank.
-
-    The kinds are those of training and of evaluation. The state of the run does not change. This is only needed for
-    layers under torch.compile.
-    """
     config = run.config
-    data = config.data
     train_size = config.train.micro_batch_size
     eval_size = config.eval.micro_batch_size or train_size
+    masks = config.data.masks_documents_of
     # (training, sequences, whether documents are masked) of every kind of batch in this run
-    batches = {(True, train_size, data.masks_documents_of([source])) for source in data.train}
-    batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation.values()}
+    batches = {(True, train_size, masks([source])) for source in config.data.train}
+    batches |= {(False, eval_size, masks(sources)) for sources in config.data.validation.values()}
     module = run.engine.module
     merger = run.merger
     before = merger.operator()
-    left = run.schedule.operators_left(state.step)
+    left = run.schedule.operators_left(step)
     allow_programs(len(batches) * len(left))
     if len(left) > 1:
         log.info("compiling the decoder layers for %d operators", len(left))

@@ -1,27 +1,21 @@
 """The identity of a run: the facts that are compared between ranks at a start, and with the checkpoint at a resume."""
 
-import math
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
-from relora_mora.config.data import TextSource
+from relora_mora.config.data import as_sources, is_mixture
 from relora_mora.config.registry import METHODS, RULE_SETTINGS, is_own, settings_of_others, split_rule
-from relora_mora.config.removed import OLD_DEFAULTS
+from relora_mora.config.removed import without_old_defaults
 from relora_mora.config.schema import DECODER_LINEARS, SETTINGS, lanes_of, may_change
 from relora_mora.model.config import compared_keys, stored_model_config
 
 FREE_SECTIONS = {"eval", "checkpoint", "log"}
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
-# why train.allow_changes cannot allow a fixed setting to differ
-_FIXED = {
-    "method": "the checkpoint holds the state of what trained with it; start a new run with model.init_from",
-    "method.name": "the checkpoint holds the state of what trained by that method; give another train.run_dir, or "
-    "start a new run with model.init_from",
-    "optim": "one optimizer cannot use the state of another; start a new run with model.init_from",
-}
+# what to do about a setting that must not change
+_FIXED = "the checkpoint holds the state of what trained with it; start a new run with model.init_from"
 
 
 @dataclass(frozen=True)
@@ -37,10 +31,6 @@ class Identity:
     data_order: str  # fingerprint of everything that decides what a position in the data means
     bf16: bool
 
-    @staticmethod
-    def of(manifest: Manifest) -> "Identity":
-        return Identity(**{field.name: getattr(manifest, field.name) for field in fields(Identity)})
-
 
 @dataclass(frozen=True)
 class Change:
@@ -53,107 +43,87 @@ class Change:
         return self.permission in allowed or (self.permission == "data.train" and "data" in allowed)
 
 
-def changes_since(saved: Identity, now: Identity) -> Iterator[Change]:
+def changes_since(saved: Identity | Manifest, now: Identity) -> Iterator[Change]:
     """The differences between a checkpoint and a run that would change the result."""
-    saved = replace(saved, config=_comparable(saved.config))
-    now = replace(now, config=_comparable(now.config))
-    changed = list(changed_settings(saved.config, now.config))
-    unused = _unused_settings(saved, now)
+    before, after = _comparable(saved.config), _comparable(now.config)
+    changed = _different(before, after)
+    unused = _unused_settings(before["method.name"], after["method.name"])
     follow = RULE_SETTINGS if "optim.matrices" in changed else ()
     for name in changed:
-        section, change = name.partition(".")[0], may_change(name)
-        if change in ("free", "data") or section in FREE_SECTIONS or name in follow:
+        change = may_change(name)
+        if change in ("free", "data") or name.partition(".")[0] in FREE_SECTIONS or name in follow:
             continue
-        difference = f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now"
-        if change == "fixed" and name not in unused:
-            yield Change(f"{difference}; {_FIXED.get(name) or _FIXED[section]}", None)
-        else:
-            yield Change(difference, name)
-    shares, after = _shares(saved), _shares(now)
-    if shares.keys() == after.keys() and not all(math.isclose(shares[name], after[name]) for name in shares):
-        shown = (f"{name} {shares[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items())
-        yield Change(f"data.train: the shares of its sources: {' and '.join(shown)}", "data.train")
+        is_fixed = change == "fixed" and name not in unused
+        difference = f"{name}: {before.get(name)!r} in the checkpoint, {after.get(name)!r} now"
+        yield Change(f"{difference}; {_FIXED}", None) if is_fixed else Change(difference, name)
+    shares, other_shares = _shares(before["data.train"]), _shares(after["data.train"])
+    if shares.keys() == other_shares.keys() and shares != other_shares:
+        text = f"the shares of its sources: {shares} in the checkpoint, {other_shares} now"
+        yield Change(f"data.train: {text}", "data.train")
     model, other = (compared_keys(stored_model_config(each.model_config), training=True) for each in (saved, now))
     for key, value in other.items():
         if model.get(key) != value:
             yield Change(f"model: {key} is {model.get(key)!r} in the checkpoint, {value!r} now", None)
-    path, eos = _value(now.config, "tokenizer.path"), saved.eos_token_id
-    if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
-        yield Change(f"tokenizer: {path} produces other tokens", "tokenizer")
-    if saved.eos_token_id != now.eos_token_id:
-        text = f"documents ended with token {eos}, with {path} they end with {now.eos_token_id}"
+    if (saved.tokenizer_fingerprint, saved.eos_token_id) != (now.tokenizer_fingerprint, now.eos_token_id):
+        text = f"{after['tokenizer.path']} produces other tokens, or ends documents with another one"
         yield Change(f"tokenizer: {text}", "tokenizer")
-    if _other_data(saved, now):
+    if _other_data(saved, now, changed):
         yield Change("data: other sources, or files that have changed", "data")
     if saved.bf16 != now.bf16 and "train.precision" not in changed:
         yield Change("train.precision: auto chooses another precision on this machine", "train.precision")
 
 
-def _comparable(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Replaces a null number of lanes by its value, and sorts names whose order does not matter.
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of settings (dotted) whose values differ between two dumps of a config."""
+    return _different(_by_name(saved), _by_name(now))
+
+
+def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings by dotted name. One that an older version did not have has its default."""
+    defaults = {name: field.get_default() for name, field in SETTINGS.items() if not field.is_required()}
+    given = without_old_defaults(config)
+    return defaults | {f"{section}.{key}": value for section, values in given.items() for key, value in values.items()}
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings by name: with the number of lanes, and sorted names if their order does not matter.
 
     The file of a rule has only its name: its digest is compared, too.
     """
-    lanes = config["data"]["lanes"] or lanes_of(config["train"]["batch_size"])
-    modules = sorted(_value(config, "method.target_modules") or DECODER_LINEARS)
-    matrices = _value(config, "optim.matrices")
+    values = _by_name(config)
+    values["data.lanes"] = values["data.lanes"] or lanes_of(values["train.batch_size"])
+    values["method.target_modules"] = sorted(values["method.target_modules"] or DECODER_LINEARS)
+    matrices = values["optim.matrices"]
     if is_own(matrices):
         file, name = split_rule(matrices)
-        matrices = f"{Path(file).name}:{name}"
-    return {
-        **config,
-        "data": {**config["data"], "lanes": lanes},
-        "method": {**config["method"], "target_modules": modules},
-        "optim": {**config["optim"], "matrices": matrices},
-    }
+        values["optim.matrices"] = f"{Path(file).name}:{name}"
+    return values
 
 
-def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Names of settings (dotted) whose values differ between two dumps of a config."""
-    for section in {**saved, **now}:
-        before = saved.get(section, {})
-        after = now.get(section, {})
-        for key in {**before, **after}:
-            default = _default(section, key)  # an older version behaved like this without the setting
-            if before.get(key, default) != after.get(key, default):
-                yield f"{section}.{key}"
-
-
-def _default(section: str, key: str) -> Any:
-    name = f"{section}.{key}"
-    setting = SETTINGS.get(name)
-    return OLD_DEFAULTS.get(name) if setting is None or setting.is_required() else setting.get_default()
-
-
-def _unused_settings(saved: Identity, now: Identity) -> set[str]:
-    """Settings that the saved run did not use, and ``method.name`` if both methods have the same adapter."""
-    before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
+def _unused_settings(saved: str, now: str) -> set[str]:
+    """Settings that the method of the saved run did not use, and ``method.name`` if both have the same adapter."""
+    before, after = METHODS[saved], METHODS[now]
     unused = set(settings_of_others(METHODS, before))
     return unused | ({"method.name"} if before.adapter is after.adapter else set())
 
 
-def _value(tree: dict[str, Any], name: str) -> Any:
-    section, _, key = name.partition(".")
-    return tree.get(section, {}).get(key, _default(section, key))
-
-
-def _shares(identity: Identity) -> dict[str, float]:
+def _shares(train: Any) -> dict[str, float]:
     """The shares of a mixture's sources by name; empty if the training text is not a mixture."""
-    train = _value(identity.config, "data.train")
-    if not isinstance(train, list) or not isinstance(train[0], dict):
-        return {}
-    sources = [TextSource.model_validate(record) for record in train]
+    sources = as_sources(train)
     total = sum(source.weight for source in sources)
-    return {source.label: source.weight / total for source in sources}
+    return {source.label: round(source.weight / total, 9) for source in sources} if is_mixture(sources) else {}
 
 
-def _other_data(saved: Identity, now: Identity) -> bool:
+def _other_data(saved: Identity | Manifest, now: Identity, changed: list[str]) -> bool:
     if saved.data_content != now.data_content:
         return True
     if saved.data_order == now.data_order:
         return False
-    changed = set(changed_settings(saved.config, now.config))
-    if saved.tokenizer_fingerprint == now.tokenizer_fingerprint and not changed & ORDER_SETTINGS:
+    if saved.tokenizer_fingerprint == now.tokenizer_fingerprint and not ORDER_SETTINGS & {*changed}:
         return True
     # the tokenizer and the order explain the other fingerprint, so only the settings show whether the text changed
     return any(may_change(name) == "data" for name in changed)

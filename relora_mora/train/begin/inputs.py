@@ -36,21 +36,13 @@ from relora_mora.optim.own import with_rule
 from relora_mora.sizing.setup import Setup
 from relora_mora.supervise.guard import Guard
 from relora_mora.system.bars import Bar
-from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import TokenizerError, check_exists
 from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, save_tokenizer, tokenizer_fingerprint
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.train.begin.identity import Identity, changed_settings
-from relora_mora.train.begin.settings import (
-    check_machine,
-    check_settings,
-    computes_in_bf16,
-    memory_of_rank,
-    task_settings,
-    with_chosen_products,
-)
+from relora_mora.train.begin.settings import check_machine, check_settings, memory_of_rank, setup_here, task_settings
 from relora_mora.train.begin.text import open_text
 from relora_mora.weights.foreign import positions_in
 from relora_mora.weights.load import own_tokenizer_path
@@ -62,18 +54,15 @@ READING_SECONDS = 86400.0  # nobody trains several epochs on a text that takes l
 class Inputs:
     """The settings of a run and what they refer to. The model and the tokenizer fit, and the data exists."""
 
-    config: Config
-    world_size: int
+    setup: Setup
     model_config: PreTrainedConfig
+    passes_boundaries: bool  # whether each layer's attention gets the boundaries of documents
     tokenizer: PreTrainedTokenizerBase  # with the chat template of the first conversations in the training data
     tokenizer_fingerprint: str
     shards: list[Shard]  # of the training data
     data_fingerprint: str
     data_content: str  # fingerprint of the shards' content
     data_order: str
-    bf16: bool
-    compiled: bool  # the decoder layers
-    passes_boundaries: bool  # whether each layer's attention gets the boundaries of documents
     # agreed by the ranks
     memory: float = 0.0  # bytes of the rank that has least
     tasks: Tasks | None = None  # of eval.tasks, loaded on each host
@@ -81,6 +70,14 @@ class Inputs:
     epochs: float | None = None  # train.epochs; once they are counted, the config has train.steps instead
     warmup_fraction: float | None = None  # optim.warmup_fraction, likewise
     checkpoint: Path | None = None  # where the run continues or begins; None: at step 0
+
+    @property
+    def config(self) -> Config:
+        return self.setup.config
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.config.train.run_dir))
 
     @property
     def identity(self) -> Identity:
@@ -92,13 +89,8 @@ class Inputs:
             data_fingerprint=self.data_fingerprint,
             data_content=self.data_content,
             data_order=self.data_order,
-            bf16=self.bf16,
+            bf16=self.setup.bf16,
         )
-
-    @property
-    def setup(self) -> Setup:
-        stage = self.config.train.zero_stage
-        return Setup(self.config, stage, self.world_size, bf16=self.bf16, on_gpu=uses_cuda(), compiled=self.compiled)
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
@@ -107,22 +99,16 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     Only one rank calls it. What is wrong on this machine is found before a server is asked for anything, which may take
     minutes.
     """
-    if config.tokenizer.path is not None:
-        try:
-            check_exists(Path(config.tokenizer.path))
-        except TokenizerError as error:
-            if all(map(is_on_disk, [*config.data.sources("train"), *config.data.sources("validation")])):
-                with contextlib.suppress(TokenizerError):  # if nothing else is missing
-                    open_text(config)
-            raise TokenizerError(f"tokenizer.path: {error}") from error
-    config, model_config, setup = check_settings(config, world_size)
+    setup, model_config = check_settings(config, world_size)
+    config = setup.config
     passes_boundaries = True
     if not compared_by_tests(model_config):
         findings = examine(model_config, attention=config.model.attention, documents=config.data.masks_documents)
         kind = model_config.model_type
         log.info("model: the loss of a small %s differs from transformers' by %.1e", kind, findings.difference)
         passes_boundaries = findings.passes_boundaries
-
+    if not all(map(is_on_disk, [*config.data.sources("train"), *config.data.sources("validation")])):
+        check_exists(Path(config.tokenizer_path))
     data = with_commits(_with_saved_commits(config))
     config = config.model_copy(update={"data": data})
     text = open_text(config)
@@ -141,18 +127,15 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     if text.chat_template is not None:  # the saved tokenizer, also of an export, writes what the run trains on
         tokenizer.chat_template = text.chat_template
     return Inputs(
-        config=config,
-        world_size=world_size,
+        setup=replace(setup, config=config),
         model_config=model_config,
+        passes_boundaries=passes_boundaries,
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokens,
         shards=shards,
         data_fingerprint=data_fingerprint,
         data_content=_content(shards),
         data_order=data_order,
-        bf16=setup.bf16,
-        compiled=setup.compiles,
-        passes_boundaries=passes_boundaries,
     )
 
 
@@ -167,7 +150,7 @@ def agree(inputs: Inputs, given: Config, rank: int) -> Inputs:
     first = of_ranks[0]
     faults = []
     for number, other in enumerate(of_ranks):
-        names = [*changed_settings(first["settings"], other["settings"])]
+        names = changed_settings(first["settings"], other["settings"])
         names += [name for name in list(first)[1:] if first[name] != other[name]]
         if names:
             faults.append(
@@ -184,19 +167,18 @@ def _found_here(inputs: Inputs, given: Config, rank: int) -> dict[str, Any]:
     tokens = inputs.tokenizer_fingerprint
     eos = inputs.tokenizer.eos_token_id
     content = inputs.data_content
-    bf16 = computes_in_bf16(given)
     if rank > 0:
         check_machine(inputs.model_config, inputs.setup)
         path = given.tokenizer.path or inputs.config.tokenizer_path
         tokenizer = load_tokenizer(path)
         tokens, eos = tokenizer_fingerprint(path, tokenizer), tokenizer.eos_token_id
         content = _content(inputs.shards)
-    settings, _ = with_chosen_products(with_rule(given), bf16=bf16)
+    setup, _ = setup_here(with_rule(given), inputs.setup.world_size)
     return {
-        "settings": settings.model_dump(mode="json"),
+        "settings": setup.config.model_dump(mode="json"),
         "the tokenizer": (tokens, eos),
         "the training data": content,
-        "the fast precision of the device": bf16,
+        "the fast precision of the device": setup.bf16,
     }
 
 
@@ -241,11 +223,10 @@ def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedToken
         with contextlib.suppress(TokenizerError):  # the model may come without one
             if not gives_same_tokens(path, theirs, tokenizer):
                 log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
-    if model_type == "llama":
-        return
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
-        Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-        save_tokenizer(tokenizer, folder)
+    if model_type != "llama":
+        with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+            Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+            save_tokenizer(tokenizer, folder)
 
 
 def with_whole_text(inputs: Inputs, guard: Guard) -> Inputs:
@@ -255,17 +236,17 @@ def with_whole_text(inputs: Inputs, guard: Guard) -> Inputs:
     """
     config = inputs.config
     guard.begin("tokenizing rows that are packed whole", within=READING_SECONDS)
-    cache = RunFolder(Path(config.train.run_dir)).tokens
     made: dict[int, Shard] = from_first_rank(
-        lambda: tokens_of_whole_rows(inputs.shards, config.data, config.tokenizer_path, cache)
+        lambda: tokens_of_whole_rows(inputs.shards, config.data, config.tokenizer_path, inputs.folder.tokens)
     )
     shards = [made.get(number, shard) for number, shard in enumerate(inputs.shards)]
     epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
     if epochs is None:
         return replace(inputs, shards=shards)
     guard.begin("counting the tokens of the training text", within=READING_SECONDS)
-    config = with_counted_epochs(config, from_first_rank(lambda: _count_tokens(config, shards, epochs)))
-    return replace(inputs, shards=shards, config=config, epochs=epochs, warmup_fraction=warmup_fraction)
+    counted = with_counted_epochs(config, from_first_rank(lambda: _count_tokens(config, shards, epochs)))
+    setup = replace(inputs.setup, config=counted)
+    return replace(inputs, setup=setup, shards=shards, epochs=epochs, warmup_fraction=warmup_fraction)
 
 
 def _count_tokens(config: Config, shards: Sequence[Shard], epochs: float) -> int:

@@ -8,18 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from relora_mora import __version__
 from relora_mora.checkpoint.layout import abandon
-from relora_mora.config.checks.combinations import OPERATIONAL
 from relora_mora.config.load import ConfigError, dump
-from relora_mora.config.schema import Config
-from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim.groups import count_parameters
@@ -29,13 +26,14 @@ from relora_mora.system.hardware import device_name
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import CHANGED, NOTED, RunFolder
 from relora_mora.tokenizer.identity import save_tokenizer
-from relora_mora.train.begin.identity import Identity, changed_settings, changes_since
+from relora_mora.train.begin.identity import changes_since
 from relora_mora.train.begin.inputs import Inputs
 from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.digests import model_digests
 from relora_mora.weights.generation import generation_file
 
 APPEAR_SECONDS = 15.0  # for a file that another host has just written
+PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
 def check_shared(file: Path, content: str) -> None:
@@ -45,9 +43,9 @@ def check_shared(file: Path, content: str) -> None:
         time.sleep(0.2)
     missing = [place for place in gather_from_ranks(None if seen else socket.gethostname()) if place is not None]
     if missing:
-        hosts = ", ".join(dict.fromkeys(missing))
         fault = (
-            f"train.run_dir: {file.parent} is another folder on {hosts}; put it on a file system that all hosts share"
+            f"train.run_dir: {file.parent} is another folder on {', '.join(dict.fromkeys(missing))}; put it on a file "
+            "system that all hosts share"
         )
         raise same_on_all_ranks(ConfigError([fault], "what the ranks found"))
 
@@ -81,19 +79,18 @@ def write_run_folder(inputs: Inputs, state: RunState) -> None:
     folder of a finished run stays as it is, because this start trains nothing.
     """
     config = inputs.config
+    names = inputs.folder
     if state.loaded is not None and state.step == config.train.steps and state.evaluated == state.step:
-        _warn_of_unused(config, state.loaded.config)
+        log.info("the run is finished and keeps its settings; relora-mora evaluate scores it on other text")
         return
-    folder = Path(config.train.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with disk_faults_named(folder):
+    names.path.mkdir(parents=True, exist_ok=True)
+    with disk_faults_named(names.path):
         start = _start_record(inputs, state.step)
         if state.loaded is None:
             digests = {"tokenizer.path": inputs.tokenizer_fingerprint, "data.train": inputs.data_content}
             start[NOTED] = model_digests(config.model) | digests
-        elif changes := [change.text for change in changes_since(Identity.of(state.loaded), inputs.identity)]:
+        elif changes := [change.text for change in changes_since(state.loaded, inputs.identity)]:
             start[CHANGED] = changes
-        names = RunFolder(folder)
         write_synced(names.config, dump(config))
         write_synced(names.model_config, json.dumps(plain_model_config(inputs.model_config), indent=2) + "\n")
         generation = generation_file(config.model.init_from)
@@ -101,7 +98,7 @@ def write_run_folder(inputs: Inputs, state: RunState) -> None:
             write_synced(names.generation_config, generation.read_bytes())
         elif state.loaded is None:
             remove(names.generation_config)  # of an earlier start from another base
-        work = folder / "tokenizer.tmp"
+        work = names.path / "tokenizer.tmp"
         remove(work)
         save_tokenizer(inputs.tokenizer, work)
         remove(names.tokenizer)  # an earlier start may have had another one, or somebody has changed it
@@ -109,19 +106,7 @@ def write_run_folder(inputs: Inputs, state: RunState) -> None:
         append_synced(names.starts, json.dumps(start))
 
 
-def _warn_of_unused(config: Config, made_with: Mapping[str, Any]) -> None:
-    unused = [name for name in changed_settings(dict(made_with), parse_yaml(dump(config))) if name not in OPERATIONAL]
-    if unused:
-        log.warning(
-            "the run is finished and keeps the settings that it was trained with, ignoring the new %s; "
-            "relora-mora evaluate scores it on other text",
-            ", ".join(unused),
-        )
-
-
 def _start_record(inputs: Inputs, step: int) -> dict[str, Any]:
-    parameters = count_parameters(meta_model(inputs.model_config, inputs.config.method))
-    packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
@@ -129,24 +114,17 @@ def _start_record(inputs: Inputs, step: int) -> dict[str, Any]:
         "warmup_fraction": inputs.warmup_fraction,
         "command": sys.argv,
         "host": socket.gethostname(),
-        "world_size": inputs.world_size,
+        "world_size": inputs.setup.world_size,
         "device": device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "bf16": inputs.bf16,
-        "parameters": asdict(parameters),
+        "bf16": inputs.setup.bf16,
+        "parameters": asdict(count_parameters(meta_model(inputs.model_config, inputs.config.method))),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {"relora_mora": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": _git_commit(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path that is not installed
-        return None
 
 
 def _git_commit() -> str | None:

@@ -1,5 +1,6 @@
 """The checks of a start that need neither text nor its tokenizer: settings, run folder, model and machine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,50 +29,40 @@ from relora_mora.weights.load import model_config_of
 from relora_mora.weights.vocabulary import with_vocabulary
 
 
-def check_settings(config: Config, world_size: int) -> tuple[Config, PreTrainedConfig, Setup]:
+def check_settings(config: Config, world_size: int) -> tuple[Setup, PreTrainedConfig]:
     """Checks what needs neither text nor its tokenizer. Returns the settings with what follows from them."""
     check_loggers(config.log)
     if config.eval.tasks:
         check_tasks(task_settings(config.eval))
     if config.checkpoint.mirror is not None:
         open_store(config.checkpoint.mirror)
-    check_run_folder(Path(config.train.run_dir))
+    check_run_folder(RunFolder(Path(config.train.run_dir)))
     config = with_vocabulary(with_rule(config))
     model_config = check_model(config)
-    bf16 = computes_in_bf16(config)
-    config, reason = with_chosen_products(config, bf16=bf16)
+    setup, reason = setup_here(config, world_size)
     if reason is not None:
-        chosen = (
-            "multiplied in 8 bits" if config.method.base_products else "only stored in 8 bits, which is faster here"
-        )
-        log.info("method.base_products: weights under adapters are %s (%s)", chosen, reason)
-    check_attention(config.model, bf16=bf16)
-    stage = config.train.zero_stage
-    compiled = compiles_here(config.model, stage, on_gpu=uses_cuda())
-    setup = Setup(config, stage, world_size, bf16=bf16, on_gpu=uses_cuda(), compiled=compiled)
+        chosen = "multiplied" if setup.config.method.base_products else "only stored"
+        log.info("method.base_products: weights under adapters are %s in 8 bits (%s)", chosen, reason)
+    check_attention(config.model, bf16=setup.bf16)
+    setup = replace(setup, compiled=compiles_here(config.model, setup.stage, on_gpu=setup.on_gpu))
     check_machine(model_config, setup)
-    return config, model_config, setup
+    return setup, model_config
 
 
-def check_run_folder(path: Path) -> None:
+def check_run_folder(folder: RunFolder) -> None:
     """Raises :class:`ConfigError` if the run would overwrite files that are not of a run. First rank only.
 
     A trainer notes its start and its end, and one that was killed leaves its lock. A folder with checkpoints may have
     been copied from elsewhere.
     """
-    folder = RunFolder(path)
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
-            fault = f"{place} is a link to a folder that does not exist; mount its disk, or remove the link"
-            raise ConfigError([f"train.run_dir: {fault}"], "the settings")
     if any(each.exists() for each in (folder.lock, folder.ends, folder.starts)) or list_checkpoints(folder.checkpoints):
         return
     outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id)
     existing = [output.name for output in outputs if output.exists()]
     if existing:
         fault = (
-            f"train.run_dir: {path} is not the folder of a run, and a run would overwrite {', '.join(existing)} there; "
-            "give a new or empty folder"
+            f"train.run_dir: {folder.path} is not the folder of a run, and a run would overwrite {', '.join(existing)} "
+            "there; give a new or empty folder"
         )
         raise ConfigError([fault], "the settings")
 
@@ -93,6 +84,17 @@ def task_settings(config: EvalConfig) -> TaskSettings:
     return TaskSettings(config.tasks, config.task_data, config.num_fewshot, config.limit, at="eval.")
 
 
+def setup_here(config: Config, world_size: int) -> tuple[Setup, str | None]:
+    """How this machine trains a run, and why it chose ``method.base_products`` (None: it did not choose)."""
+    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+    setup = Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=uses_cuda())
+    if not config.method.uses_adapters:
+        return setup, None
+    vnni = torch.cpu._is_vnni_supported()
+    method, reason = with_products(config.method, bf16=bf16, capability=_capability(), vnni=vnni)
+    return replace(setup, config=config.model_copy(update={"method": method})), reason
+
+
 def check_machine(model_config: PreTrainedConfig, setup: Setup) -> None:
     """Raises :class:`ConfigError` if this rank's device cannot compute as set, or has too little memory."""
     check_device(setup.config.method, bf16=setup.bf16, capability=_capability())
@@ -106,19 +108,6 @@ def memory_of_rank() -> float:
 
 def host_memory_of_rank() -> float:
     return host_memory_bytes() / processes_on_host()
-
-
-def computes_in_bf16(config: Config) -> bool:
-    return fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
-
-
-def with_chosen_products(config: Config, *, bf16: bool) -> tuple[Config, str | None]:
-    """Replaces ``method.base_products: auto`` by what is faster here; returns the reason of a choice, too."""
-    if not config.method.uses_adapters:
-        return config, None
-    vnni = torch.cpu._is_vnni_supported()
-    method, reason = with_products(config.method, bf16=bf16, capability=_capability(), vnni=vnni)
-    return config.model_copy(update={"method": method}), reason
 
 
 def _capability() -> tuple[int, int] | None:

@@ -37,11 +37,19 @@ class Text:
 def open_text(config: Config) -> Text:
     """Loads the tokenizer and finds the shards of training and validation.
 
-    Raises TokenizerError or SourceError if one of them cannot be used, and ConfigError for several.
+    Raises :class:`ConfigError` with everything that is missing or cannot be used.
     """
-    errors: list[tuple[str, TokenizerError | SourceError]] = []
-    tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
-    shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
+    faults: list[str] = []
+
+    def attempt(setting: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except (TokenizerError, SourceError) as error:
+            faults.append(f"{setting}: {error}")
+            return None
+
+    tokenizer = attempt("tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
+    shards = attempt("data.train", lambda: _shards(config, "train", tokenizer))
     template = template_in_use(shards, tokenizer) if shards and tokenizer else None
     run_tokenizer = copy(tokenizer)
     if run_tokenizer is not None and template is not None:
@@ -49,9 +57,10 @@ def open_text(config: Config) -> Text:
     for name, sources in config.data.validation.items():
         data = config.data.model_copy(update={"validation": {"": sources}})
         one_set = config.model_copy(update={"data": data})
-        _attempt(errors, set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
-    if tokenizer is None or shards is None or errors:
-        raise _combined_error(errors)
+        attempt(set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
+    if tokenizer is None or shards is None or faults:
+        remedy = f" (relora-mora demo creates it in the current folder, {Path.cwd()})"
+        raise ConfigError([fault + remedy * (_DEMO in fault) for fault in faults], "the settings")
     if remark := split_remark(shards, config.data):
         log.info(remark)
     return Text(tokenizer, shards, template)
@@ -60,34 +69,11 @@ def open_text(config: Config) -> Text:
 def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | None) -> list[Shard]:
     data = config.data
     shards = configured_shards(data, split)
-    check_columns([shard for shard in shards if not shard.is_remote], data)
+    local = [shard for shard in shards if not shard.is_remote]
+    check_columns(local, data)
     if tokenizer is not None:
-        check_records([shard for shard in shards if not shard.is_remote], data, tokenizer)
+        check_records(local, data, tokenizer)
         check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id)
     if split == "validation":
         content_of(shards)  # raises SourceError for damaged tokens
     return shards
-
-
-def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: str, action: Callable[[], T]) -> T | None:
-    try:
-        return action()
-    except (TokenizerError, SourceError) as error:
-        errors.append((setting, error))
-        return None
-
-
-def _combined_error(errors: list[tuple[str, TokenizerError | SourceError]]) -> ValueError:
-    """The error itself, or one error with the setting of each if there are several, if one is of a named set, or if
-    files of the demo are missing; it then also says what creates them."""
-    [setting, error], *others = errors
-    if not others and setting.count(".") == 1 and _DEMO not in str(error):
-        return error
-    faults = []
-    for setting, error in errors:
-        fault = f"{setting}: {error}"
-        if _DEMO in fault:
-            here = "" if str(Path.cwd()) in fault else f", {Path.cwd()}"
-            fault += f" (relora-mora demo creates it in the current folder{here})"
-        faults.append(fault)
-    return ConfigError(faults, "the settings")

@@ -23,6 +23,7 @@ from relora_mora.train.log.report import Logger
 ANSWER_SECONDS = 60.0  # how long to wait for the servers at a start
 FINISH_SECONDS = 20.0  # to send the rest at the end, while other ranks wait for this one
 STEP = "step"  # the x-axis of all other metrics
+UNTRAINED = 1000.0  # the perplexity of a model that begins with random weights is about its number of tokens
 
 
 class WeightsAndBiases:
@@ -97,9 +98,6 @@ def make_loggers(folder: Path, config: LogConfig) -> list[Logger]:
     if config.wandb is not None:
         loggers.append(WeightsAndBiases(folder, config.wandb))
     return loggers
-
-
-UNTRAINED = 1000.0  # the perplexity of a model that begins with random weights is about its number of tokens
 
 
 class TensorBoard:

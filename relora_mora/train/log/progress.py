@@ -1,6 +1,5 @@
 """Shows the progress of a run: log lines, on a terminal also bars, and the commands for a finished run."""
 
-import logging
 import shlex
 import time
 from pathlib import Path
@@ -21,25 +20,14 @@ def describe(run: Run, state: RunState) -> str:
     engine = run.engine
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     precision = "bf16" if engine.bf16 else "fp32"
-    sequences = counted(config.train.batch_size, "sequence")
-    accumulation = config.accumulation_steps(engine.world_size)
-    micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
-    parts = [
-        f"{config.method.name} on {counted(engine.world_size, 'rank')} ({device}), ZeRO-{engine.stage}, {precision}",
-        f"a step has {sequences} of {config.data.sequence_length} tokens",
-        f"each rank makes {micro_batches} of {config.train.micro_batch_size}",
-        f"step {state.step} of {config.train.steps}",
-        f"run folder {config.train.run_dir}",
-    ]
-    return "; ".join(parts)
-
-
-def seconds_since_start() -> float:
-    """Seconds since Python loaded its logging module, which is one of the first modules.
-
-    The process itself may be hours older if a shell has replaced itself with ``exec``.
-    """
-    return logging.makeLogRecord({}).relativeCreated / 1000
+    ranks = counted(engine.world_size, "rank")
+    batch = counted(config.train.batch_size, "sequence")
+    return (
+        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}; a step has {batch} of "
+        f"{config.data.sequence_length} tokens, {config.accumulation_steps(engine.world_size)} x "
+        f"{config.train.micro_batch_size} on each rank; "
+        f"step {state.step} of {config.train.steps}; run folder {config.train.run_dir}"
+    )
 
 
 class Progress:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from relora_mora.evaluation.loss import EvalResult
 from relora_mora.system.files import append_whole, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
+
+SAVED = "perf/checkpoint_stall_seconds"  # in the line of a checkpoint
 
 
 class Logger(Protocol):
@@ -53,45 +55,46 @@ class Metrics:
     disk, is lost with one message, and training goes on.
     """
 
-    def __init__(self, folder: Path, *, loggers: Sequence[Logger] = (), writes: bool = True) -> None:
+    def __init__(self, folder: Path, loggers: Sequence[Logger] = (), *, writes: bool = True) -> None:
         self.path = RunFolder(folder).metrics
         self._writes = writes
         self._loggers = loggers
         self._file: int | None = None
         self._failing: set[str] = set()
 
-    def open(self, step: int, repeated: Set[str] = frozenset()) -> None:
-        """The run continues after ``step``, at a start or after a rollback.
+    def open(self, step: int, *, rollback: bool = False) -> None:
+        """The run continues after ``step``, at a start or after a ``rollback``.
 
-        Lines of later steps are dropped, because those steps are repeated. If an event of ``step`` is repeated, which
-        has one of the tags in ``repeated``, its line and all lines after it are dropped, too.
+        Lines of later steps are dropped, because those steps are repeated. A start also drops what was written about
+        ``step`` after its checkpoint, such as an evaluation, because it does that again.
         """
         if not self._writes:
             return
         self._close_file()
-        self._last = step, repeated
+        self._last = step, rollback
         self._try(self.path.name, self._open_file)
         for logger in self._loggers:
             self._try(logger.title, functools.partial(logger.open, step))
 
     def _open_file(self) -> int:
-        self._drop_after(*self._last)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        if self._file is None:  # at the start, or the disk was full then
+            self._drop_after(*self._last)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         return self._file
 
-    def _drop_after(self, step: int, repeated: Set[str]) -> None:
+    def _drop_after(self, step: int, rollback: bool) -> None:
         if not self.path.exists():
             return
         before = self.path.read_text(encoding="utf-8", errors="replace")
         kept = []
-        is_repeated = False
+        ended = step == 0
         for line in before.splitlines():
             try:
                 values = json.loads(line)
-                if values["step"] == step and not repeated.isdisjoint(values):
-                    is_repeated = True
-                if 0 < step >= values["step"] and not is_repeated:
-                    kept.append(line + "\n")
+                if values["step"] > step or ended:
+                    break
+                kept.append(line + "\n")
+                ended = values["step"] == step and SAVED in values and not rollback
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
         text = "".join(kept)
@@ -107,11 +110,7 @@ class Metrics:
             for tag, value in values.items()
         }
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
-        # the file is None if the disk was full in open
-        self._try(
-            self.path.name,
-            lambda: append_whole(self._open_file() if self._file is None else self._file, line.encode()),
-        )
+        self._try(self.path.name, lambda: append_whole(self._open_file(), line.encode()))
         for logger in self._loggers:
             self._try(logger.title, functools.partial(logger.write, step, values))
 
@@ -121,11 +120,8 @@ class Metrics:
         except Exception as error:
             if target not in self._failing:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                log.error(
-                    "%s: metrics cannot be written (%s) and will be missing there; training goes on",
-                    target,
-                    redact(" ".join(reason.split()) or type(error).__name__),
-                )
+                message = redact(" ".join(reason.split()) or type(error).__name__)
+                log.error("%s: metrics cannot be written (%s) and will be missing; training goes on", target, message)
             self._failing.add(target)
         else:
             self._failing.discard(target)
@@ -163,19 +159,18 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
     names = ["epoch", *(f"epoch/{source}" for source in sources)]
     epochs_of_ranks = gather_from_ranks([int(counts[name]) for name in names])
     epoch, *epochs = map(min, zip(*epochs_of_ranks, strict=True))  # of the slowest lane
-    skipped = {
-        f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
-        for reason in SKIP_REASONS
-        if totals[f"skipped/{reason}"]
-    }
     return {
         "train/epoch": epoch,
         "train/documents": totals["documents"],
-        **{f"train/tokens/{source}": totals[f"blocks/{source}"] * sequence_length for source in sources},
         **{f"train/epoch/{source}": passes for source, passes in zip(sources, epochs, strict=True)},
+        **{f"train/tokens/{source}": totals[f"blocks/{source}"] * sequence_length for source in sources},
         "perf/data_bad_lines": totals["bad"],
         "perf/data_retries": totals["retries"],
-        **skipped,
+        **{
+            f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
+            for reason in SKIP_REASONS
+            if totals[f"skipped/{reason}"]
+        },
     }
 
 

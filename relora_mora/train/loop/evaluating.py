@@ -4,25 +4,21 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from relora_mora.config.checks.data import SHARES
-from relora_mora.config.schema import Config
 from relora_mora.data.held_out import EvalSet
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluation.generation import Generated, generate_answers
 from relora_mora.evaluation.harness import Ranks, Results, Tasks
 from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out
-from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.supervise.guard import LONG_SECONDS
 from relora_mora.system.logs import log
-from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.settings import task_settings
 from relora_mora.train.log import report
-from relora_mora.train.log.progress import Progress
-from relora_mora.train.loop.events import is_due
+from relora_mora.train.loop.events import Parts, is_due
 from relora_mora.train.loop.step import DataFailed, Stopping
 from relora_mora.train.state.run_state import Best, RunState
 from relora_mora.weights.generation import generation_config
@@ -32,18 +28,23 @@ class Evaluating:
     """Evaluates the held-out loss of each set and of all sets, and tasks; for any number of ranks, every token and row
     counts once."""
 
-    def __init__(self, run: Run, guard: Guard, metrics: report.Metrics, progress: Progress) -> None:
-        self.run = run
-        self.config: Config = run.config
-        self.micro_batch_size = run.config.eval.micro_batch_size or run.config.train.micro_batch_size
-        self.progress = progress
-        self.engine = run.engine
-        self.guard = guard
-        self.metrics = metrics
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.engine = parts.run.engine
+        self.folder = parts.run.inputs.folder
+        self.tasks = parts.run.inputs.tasks
         self.sets: dict[str, EvalSet] = {}  # by name
-        self.tasks = run.inputs.tasks
-        every, of_tasks = run.config.eval.every_steps, run.config.eval.tasks_every_steps
-        self.intervals = [every, every if of_tasks is None else of_tasks] if self.tasks else [every]
+        limits = self.config.eval
+        self.micro_batch_size = limits.micro_batch_size or self.config.train.micro_batch_size
+        of_tasks = limits.every_steps if limits.tasks_every_steps is None else limits.tasks_every_steps
+        self.intervals = [limits.every_steps, of_tasks] if self.tasks else [limits.every_steps]
+        self.ranks: dict[str, Any] = {
+            "device": self.engine.device,
+            "rank": self.engine.rank,
+            "world_size": self.engine.world_size,
+            "all_sum": self.engine.all_reduce,
+        }
 
     def is_missing(self, state: RunState) -> bool:
         """Whether the current step still needs an evaluation."""
@@ -67,46 +68,43 @@ class Evaluating:
 
         Raises :class:`DataFailed` on all ranks if it cannot be read.
         """
-        self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-        limits = self.config.eval
+        data, limits = self.config.data, self.config.eval
+        self.parts.guard.begin("reading the validation data", within=data.timeout_seconds + LONG_SECONDS)
         # as relora-mora evaluate: the tokenizer in the run folder has the chat template of the training
-        tokenizer = str(RunFolder(Path(self.config.train.run_dir)).tokenizer)
+        read = partial(held_out, data, str(self.folder.tokenizer), limits.max_tokens, limits.generate)
         try:  # only one rank downloads and tokenizes
-            self.sets = from_first_rank(
-                lambda: held_out(self.config.data, tokenizer, limits.max_tokens, limits.generate)
-            )
+            self.sets = from_first_rank(read)
         except (ValueError, OSError) as error:
             raise DataFailed([error]) from error
 
     def evaluate(self, state: RunState) -> None:
         begin = time.perf_counter()
         step = state.step
+        progress = self.parts.progress
         self.engine.eval()
         results: dict[str, EvalResult] = {}
         generated: dict[str, Generated] = {}
         scores: Results = {}
         if self._is_due(self.intervals[0], step):
-            with self.progress.bar("evaluation", "token") as bar:
-                results = evaluate_sets(
-                    lambda data, update: self._score(data, step, update), self.sets, progress=bar.update
-                )
-            with self.progress.bar("generating answers"):
+            with progress.bar("evaluation", "token") as bar:
+                results = evaluate_sets(partial(self._score, step), self.sets, progress=bar.update)
+            with progress.bar("generating answers"):
                 generated = self._generate(step)
         if self.tasks is not None and self._is_due(self.intervals[-1], step):
-            with self.progress.bar("tasks"):
+            with progress.bar("tasks"):
                 scores = self._score_tasks(self.tasks, step)
         self._report(state, results, generated, scores, time.perf_counter() - begin)
         state.evaluated = step
 
-    def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult:
+    def _score(self, step: int, data: EvalSet, update: Update) -> EvalResult:
         return evaluate(
             self.engine,
             data,
             micro_batch_size=self.micro_batch_size,
-            shrinks=not self.run.inputs.compiled,
+            shrinks=not self.parts.run.inputs.setup.compiles,
             before_batch=lambda: self._go_on(step, "evaluation"),
             progress=update,
-            **self._ranks(),
+            **self.ranks,
         )
 
     def _generate(self, step: int) -> dict[str, Generated]:
@@ -116,32 +114,22 @@ class Evaluating:
             name: generate_answers(
                 self.engine.lm,
                 data.answers,
-                tokenizer=self.run.inputs.tokenizer,
+                tokenizer=self.parts.run.inputs.tokenizer,
                 batch_size=self.micro_batch_size,
                 # a round generates the whole length of an answer
                 before_batch=lambda: self._go_on(step, "evaluation", within=LONG_SECONDS),
-                **self._ranks(),
+                **self.ranks,
             )
             for name, data in self.sets.items()
             if data.answers
         }
         return {**results, "": Generated.of_all(results.values())} if results else {}
 
-    def _ranks(self) -> dict[str, Any]:
-        engine = self.engine
-        return {
-            "device": engine.device,
-            "rank": engine.rank,
-            "world_size": engine.world_size,
-            "all_sum": engine.all_reduce,
-        }
-
     def _score_tasks(self, tasks: Tasks, step: int) -> Results:
         """The same results on all ranks. A collective."""
         engine = self.engine
-        folder = RunFolder(Path(self.config.train.run_dir))
-        tokenizer = load_tokenizer(folder.tokenizer)
-        engine.lm.generation_config = generation_config(tokenizer, engine.lm.config, folder)  # as in an export
+        tokenizer = load_tokenizer(self.folder.tokenizer)
+        engine.lm.generation_config = generation_config(tokenizer, engine.lm.config, self.folder)  # as in an export
         engine.keep_merged()
 
         def any_runs(running: bool) -> bool:
@@ -152,8 +140,9 @@ class Evaluating:
 
     def _go_on(self, step: int, what: str, *, within: float | None = None, running: bool = True) -> bool:
         """Whether a rank is still ``running``. Raises :class:`Stopping` if one was asked to stop. A collective."""
-        self.guard.begin(f"step {step}: {what}", within=within)
-        stopping, busy = sum_over_hosts([float(self.guard.stop_reason is not None), float(running)])
+        guard = self.parts.guard
+        guard.begin(f"step {step}: {what}", within=within)
+        stopping, busy = sum_over_hosts([float(guard.stop_reason is not None), float(running)])
         if stopping:
             raise Stopping
         return busy > 0
@@ -167,21 +156,20 @@ class Evaluating:
         seconds: float,
     ) -> None:
         step = state.step
-        whole = {"": EvalResult.of_all(results.values())} if results else {}
+        if results:
+            results = {**results, "": EvalResult.of_all(results.values())}
         metrics = {
-            **report.eval_metrics({**results, **whole}),
+            **report.eval_metrics(results),
             **report.eval_metrics(generated),
             **task_settings(self.config.eval).tagged(scores),
         }
         if step > 0:  # which has no checkpoint
             state.best = from_first_rank(lambda: self._best(state, metrics))
         best = {} if state.best is None else {"checkpoint/best": asdict(state.best)}
-        self.metrics.write(step, {**metrics, **best, "eval/seconds": seconds})
+        self.parts.metrics.write(step, {**metrics, **best, "eval/seconds": seconds})
         for name, result in results.items():
-            if name:
-                log.info(f"step {step}: validation on {name}: {result} ({result.tokens:,} tokens)")
-        for result in whole.values():
-            log.info(f"step {step}: validation {result} ({result.tokens:,} tokens, {seconds:.1f} s)")
+            label = f"validation on {name}:" if name else "validation"
+            log.info(f"step {step}: {label} {result} ({result.tokens:,} tokens, {seconds:.1f} s)")
         if generated:
             log.info(f"step {step}: {generated['']}")
         for task, values in scores.items():

@@ -1,25 +1,43 @@
-"""Events between steps. Each one gets what it needs, and knows when it is due; the loop calls it after every step."""
+"""Events between steps. Each one knows when it is due, and the loop calls all of them after every step."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.writer import CheckpointWriter
+from relora_mora.config.schema import Config
 from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.optim.groups import group_rates
 from relora_mora.sizing.measure import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_flops, peak_memory_bytes
-from relora_mora.system.logs import counted, log
+from relora_mora.system.logs import log
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log import report
 from relora_mora.train.log.progress import Progress
 from relora_mora.train.state.run_state import Interval, RunState, TrainingError
+
+EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run, and what its events write to."""
+
+    run: Run
+    guard: Guard
+    metrics: report.Metrics
+    progress: Progress
+    writer: CheckpointWriter
+    mirror: Mirror | None
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
 
 
 def is_due(every_steps: int, step: int) -> bool:
@@ -27,54 +45,35 @@ def is_due(every_steps: int, step: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
-
-
-@dataclass(frozen=True)
-class Merging:
-    """Merges the adapters into the frozen weights.
+def merge(parts: Parts, state: RunState) -> None:
+    """Merges the adapters into the frozen weights if it is due.
 
     A run leaves out the merge after its last step, and its export includes it instead; a longer run makes it first.
     """
-
-    run: Run
-    writer: CheckpointWriter
-    guard: Guard
-    metrics: report.Metrics
-
-    def __call__(self, state: RunState) -> None:
-        if not self.is_due(state):
-            return
-        step = state.step
-        self.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
-        self.writer.wait_for_base()
-        gather_from_ranks(None)  # waits in the group whose timeout allows for slow disks
-        merges_done = self.run.schedule.merges_done(step)
-        record = self.run.merger.merge(step, merges_done, self.run.schedule.operator(step))
-        self.metrics.write(step, report.merge_metrics(record))
-        if not record.effective_rank:  # not measured at every one of frequent merges; log as rarely
-            return
-        switched = ""
-        if record.operator_after is not None:
-            switched = f", operator {record.operator_before} -> {record.operator_after}"
-        layers = counted(record.layers, "layer")
-        log.info(f"step {step}: merge {merges_done}, {layers} in {record.seconds:.2f} s{switched}")
-
-    def is_due(self, state: RunState) -> bool:
-        return self.run.schedule.merges_done(state.step) > self.run.merger.merges_done
+    run, step = parts.run, state.step
+    merges_done = run.schedule.merges_done(step)
+    if merges_done <= run.merger.merges_done:
+        return
+    parts.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
+    parts.writer.wait_for_base()
+    gather_from_ranks(None)  # waits in the group whose timeout allows for slow disks
+    record = run.merger.merge(step, merges_done, run.schedule.operator(step))
+    parts.metrics.write(step, report.merge_metrics(record))
+    if record.effective_rank:  # not measured at every one of frequent merges; log as rarely
+        log.info(f"step {step}: merge {merges_done}, {record.summary()}")
 
 
 class Reporting:
     """Writes a line of metrics over the steps since the last one, before the checkpoint and before anything that a
     signal may interrupt: otherwise a resume would lose the line."""
 
-    def __init__(self, run: Run, metrics: report.Metrics, progress: Progress) -> None:
-        self.run = run
-        self.config = run.config
-        self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
-        self.metrics = metrics
-        self.progress = progress
-        self.early_lines = from_first_rank(lambda: EARLY_LINES if progress.is_watched else 0)
+    def __init__(self, parts: Parts) -> None:
+        self.run = parts.run
+        self.config = parts.config
+        self.sources = mixture_names(self.config.data) if self.config.data.is_mixture else ()
+        self.metrics = parts.metrics
+        self.progress = parts.progress
+        self.early_lines = from_first_rank(lambda: EARLY_LINES if parts.progress.is_watched else 0)
 
     def __call__(self, state: RunState) -> None:
         """A collective. The first lines on a terminal show the loss of one step, and metrics the mean since the last
@@ -114,14 +113,14 @@ class Reporting:
 
     @cached_property
     def flops_per_token(self) -> float:
-        return flops_per_token(self.run.inputs.model_config, self.config)
+        return flops_per_token(self.run.inputs.model_config, self.config).total
 
     @cached_property
     def peak_flops(self) -> float:
         """FLOP/s of one device: from the settings, known, or measured."""
         if self.config.log.peak_tflops is not None:
             return self.config.log.peak_tflops * 1e12
-        peak, source = peak_flops(bf16=self.run.inputs.bf16)
+        peak, source = peak_flops(bf16=self.run.inputs.setup.bf16)
         log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
         return peak
 
@@ -132,10 +131,9 @@ class Reporting:
     def _show(self, loss: float, speed: Mapping[str, float]) -> None:
         if math.isnan(loss):  # a step that was skipped, or has no token to score
             return
-        self.progress.show(
-            f"loss {loss:.3f}, perplexity {math.exp(min(loss, 700.0)):.1f}, "
-            f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
-        )
+        perplexity = math.exp(min(loss, 700.0))
+        tokens_per_second = f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
+        self.progress.show(f"loss {loss:.3f}, perplexity {perplexity:.1f}, {tokens_per_second}")
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds
@@ -150,71 +148,53 @@ class Reporting:
         }
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Saves checkpoints, also of the best evaluation so far. They are written in the background."""
+def save_if_due(parts: Parts, state: RunState) -> None:
+    """Saves a checkpoint at its interval, and of the best evaluation so far."""
+    is_best = state.best is not None and state.best.step == state.step
+    if is_best or is_due(parts.config.checkpoint.every_steps, state.step):
+        save(parts, state)
 
-    run: Run
-    writer: CheckpointWriter
-    guard: Guard
-    metrics: report.Metrics
-    mirror: Mirror | None = None
 
-    def __call__(self, state: RunState) -> None:
-        is_best = state.best is not None and state.best.step == state.step
-        if is_best or is_due(self.run.config.checkpoint.every_steps, state.step):
-            self.save(state)
+def save(parts: Parts, state: RunState) -> None:
+    """Starts a checkpoint, which is written in the background; a collective."""
+    parts.guard.begin(f"step {state.step}: checkpoint", within=LONG_SECONDS)
+    stall = parts.writer.save(_manifest(parts.run, state), state.data)
+    state.saved = state.step
+    parts.metrics.write(state.step, {"perf/checkpoint_stall_seconds": stall})
 
-    def name_best(self, state: RunState) -> None:
-        """Before the first step, and after a rollback: what the files say may belong to another history."""
-        if self.writer.rank == 0:
-            self.writer.name_best(None if state.best is None else state.best.step)
 
-    def save(self, state: RunState) -> None:
-        """A collective."""
-        self.guard.begin(f"step {state.step}: checkpoint", within=LONG_SECONDS)
-        stall = self.writer.save(self._manifest(state), state.data)
-        state.saved = state.step
-        self.metrics.write(state.step, {"perf/checkpoint_stall_seconds": stall})
+def save_final(parts: Parts, state: RunState) -> None:
+    """Makes sure that there is a complete checkpoint of this step.
 
-    def save_final(self, state: RunState) -> None:
-        """Makes sure that there is a complete checkpoint of this step.
+    A collective. Raises :class:`TrainingError` on all ranks if it could not be written.
+    """
+    if state.step > 0 and state.saved != state.step:
+        save(parts, state)
+    parts.guard.begin(f"step {state.step}: waiting for the checkpoint", within=LONG_SECONDS)
+    parts.writer.wait()
+    if parts.mirror is not None:
+        parts.mirror.close()
+    failures = [failure for failure in gather_from_ranks(parts.writer.last_failure) if failure]
+    if failures:
+        remedy = "check the disk (df, df -i); then the same command continues from the newest checkpoint"
+        raise TrainingError(f"{failures[0]}; {remedy}")
 
-        A collective. Raises :class:`TrainingError` on all ranks if it could not be written.
-        """
-        if state.step > 0 and state.saved != state.step:
-            self.save(state)
-        self.guard.begin(f"step {state.step}: waiting for the checkpoint", within=LONG_SECONDS)
-        self.writer.wait()
-        if self.mirror is not None:
-            self.mirror.close()
-        failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
-        if failures:
-            remedy = f"check the disk (df, df -i); then {self.resume_command} continues from the newest checkpoint"
-            raise TrainingError(f"{failures[0]}; {remedy}")
 
-    @property
-    def resume_command(self) -> str:
-        """Describes the command that resumes the run."""
-        return "the same command" + " with --train.resume=auto" * (self.run.config.train.resume == "never")
-
-    def _manifest(self, state: RunState) -> Manifest:
-        """The manifest of a checkpoint. The writer adds its files and the positions in the data."""
-        run = self.run
-        engine = run.engine
-        identity: dict[str, Any] = vars(run.inputs.identity)
-        return Manifest(
-            step=state.step,
-            merges_done=run.merger.merges_done,
-            operator=run.merger.operator(),
-            world_size=engine.world_size,
-            zero_stage=engine.stage,
-            group_steps=engine.group_steps(),
-            parameters={name: list(engine.shapes[name]) for names in engine.members for name in names},
-            frozen={name: list(engine.shapes[name]) for name in run.base.owner},
-            data_state={},
-            counters=state.dump(engine.world_size),
-            files={},
-            matrix_states=engine.matrix_shapes,
-            **identity,
-        )
+def _manifest(run: Run, state: RunState) -> Manifest:
+    """The manifest of a checkpoint. The writer adds its files and the positions in the data."""
+    engine = run.engine
+    return Manifest(
+        step=state.step,
+        merges_done=run.merger.merges_done,
+        operator=run.merger.operator(),
+        world_size=engine.world_size,
+        zero_stage=engine.stage,
+        group_steps=engine.group_steps(),
+        parameters={name: list(engine.shapes[name]) for names in engine.members for name in names},
+        frozen={name: list(engine.shapes[name]) for name in run.base.owner},
+        data_state={},
+        counters=state.dump(engine.world_size),
+        files={},
+        matrix_states=engine.matrix_shapes,
+        **vars(run.inputs.identity),
+    )

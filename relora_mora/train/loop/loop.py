@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -24,14 +24,13 @@ from relora_mora.supervise.exits import FINISHED, REQUEUE
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import to_device
 from relora_mora.system.logs import counted, log
-from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress, next_commands, seconds_since_start
+from relora_mora.train.log.progress import Progress, next_commands
 from relora_mora.train.log.report import Metrics
 from relora_mora.train.loop.evaluating import Evaluating
-from relora_mora.train.loop.events import Merging, Reporting, Saving
+from relora_mora.train.loop.events import Parts, Reporting, merge, save, save_final, save_if_due
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StepResult, Stopping, judge
 from relora_mora.train.state.resume import roll_back
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
@@ -48,9 +47,6 @@ class Trainer:
         self.rank = run.engine.rank
         self.state = state
         self.guard = guard
-        self.has_stepped = False
-        self.folder = Path(config.train.run_dir)
-        is_first = self.rank == 0
         self.data = TrainStream(
             config.data,
             run.inputs.shards,
@@ -63,31 +59,35 @@ class Trainer:
             step=state.step,
         )
         self.loader = BatchLoader(self.data, config.data, guard)
-        self.metrics = Metrics(self.folder, loggers=make_loggers(self.folder, config.log), writes=is_first)
+        folder = run.inputs.folder
+        is_first = self.rank == 0
+        self.metrics = Metrics(folder.path, make_loggers(folder.path, config.log), writes=is_first)
         self.progress = Progress(total=config.train.steps, done=state.step, show=is_first and config.log.progress)
         self.writer = CheckpointWriter(
-            RunFolder(self.folder).checkpoints,
+            folder.checkpoints,
             run.engine,
             run.base,
-            tokenizer=RunFolder(self.folder).tokenizer,
+            tokenizer=folder.tokenizer,
             keep_last=config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
             merge_states=merge_states,
             sync_beside=self.metrics.sync,
             report=log.error,
         )
-        self.mirror = mirror
         if mirror is not None:
             mirror.start()
         is_slow = any(rule.is_slow for rule in matrix_rules(config.optim).values())
         self.update_seconds = LONG_SECONDS if is_slow else None
-        self.merging = Merging(run, self.writer, guard, self.metrics)
-        reporting = Reporting(run, self.metrics, self.progress)
-        self.evaluating = Evaluating(run, guard, self.metrics, self.progress)
-        self.saving = Saving(run, self.writer, guard, self.metrics, mirror)
+        self.parts = Parts(run, guard, self.metrics, self.progress, self.writer, mirror)
+        self.evaluating = Evaluating(self.parts)
         # in this order after every step: a checkpoint has everything that was done at its step
-        self.events: list[Callable[[RunState], None]] = [self.merging, reporting, self.evaluating, self.saving]
-        self._continue_from(state, repeated={"train/rollbacks", "eval/seconds"})
+        self.events: list[Callable[[RunState], None]] = [
+            partial(merge, self.parts),
+            Reporting(self.parts),
+            self.evaluating,
+            partial(save_if_due, self.parts),
+        ]
+        self._continue(rollback=False)
 
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
@@ -98,26 +98,28 @@ class Trainer:
             self._before_first_step()
             while self.state.step < self.config.train.steps:
                 result = self.train_step(self.next_batch())
-                reason = judge(self.config, self.state, result, self.engine, self.metrics)
-                if reason is not None and self.roll_back(reason):
+                reason = judge(self.parts, self.state, result)
+                if reason is not None:
+                    self.roll_back(reason)
                     continue
                 for event in self.events:
                     event(self.state)
         except Stopping:
-            return stop(self.saving, self.state)
+            return end(self.parts, self.state, REQUEUE)
         except DataFailed as error:
-            fail_for_data(self.saving, self.state, error)
-        return finish(self.saving, self.state)
+            fail_for_data(self.parts, self.state, error)
+        return end(self.parts, self.state, FINISHED)
 
     def _before_first_step(self) -> None:
-        if self.evaluating.is_due_at_start(self.state):
-            if self.state.step < self.config.train.steps:
-                self.loader.load(self.state.step + 1)  # text that is unusable fails before an evaluation
-            self.evaluating.evaluate(self.state)
-        self.saving.name_best(self.state)
-        if self.state.step and self.state.saved is None:
-            self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
-        self.progress.begin(self.state.step)
+        state = self.state
+        if self.evaluating.is_due_at_start(state):
+            if state.step < self.config.train.steps:
+                self.loader.load(state.step + 1)  # text that is unusable fails before an evaluation
+            self.evaluating.evaluate(state)
+        self._name_best()
+        if state.step and state.saved is None:
+            save(self.parts, state)  # a run that began with another run's checkpoint gets its own
+        self.progress.begin(state.step)
 
     def next_batch(self) -> LocalBatch:
         """This rank's share of the next global batch, once every rank has its own."""
@@ -167,51 +169,47 @@ class Trainer:
             interval.grad_norm = done.grad_norm
         interval.step_seconds += time.perf_counter() - begin
         self.progress.update()
-        if not self.has_stepped:
-            self.has_stepped = True
-            seconds = seconds_since_start()
-            log.info(f"start: {seconds:.1f} s from the start of Python to the end of the first step")
-            self.metrics.write(step, {"startup/seconds": seconds})
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
-    def roll_back(self, reason: str) -> bool:
-        """Goes back to a checkpoint from before this step, if there is one. The data continues where it is."""
+    def roll_back(self, reason: str) -> None:
+        """Goes back to the newest good checkpoint from before this step. The data continues where it is."""
         before = self.state
         self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
         state = roll_back(self.run, before, self.writer, reason)
-        if state is None:
-            return False
         if self.config.data.is_mixture:  # batches that were read ahead were drawn for other steps
             self.data.go_back(state.step, state.data)
         self.state = state
-        self._continue_from(state, repeated=set())
-        self.saving.name_best(state)
+        self._continue(rollback=True)
+        self._name_best()
         self.progress.begin(state.step)
-        values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
-        # the lines that named the bad data belong to dropped steps
-        skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
-        self.metrics.write(state.step, {**values, **skipped})
-        return True
+        values = {
+            "train/rollbacks": state.rollbacks,
+            "train/rolled_back_from": before.step,
+            "train/skipped_data": before.bad_data,  # the lines that named it belong to dropped steps
+        }
+        self.metrics.write(state.step, values)
 
-    def _continue_from(self, state: RunState, repeated: set[str]) -> None:
-        """The next step is the one after ``state``. ``repeated``: metrics of its own step that may come again."""
+    def _continue(self, *, rollback: bool) -> None:
+        """The next step is the one after ``state``, at a start or after a rollback."""
+        state = self.state
         state.data = self.data.own_part(state.data)
         self.guard.step = state.step
         continues = state.saved is not None  # the checkpoint that it was loaded from, if any, is in this run's folder
-        if state.evaluated == state.step:
-            repeated -= {"eval/seconds"}
-        if self.merging.is_due(state):  # a shorter run ended here
-            repeated |= {"merge/layers"}
-        self.metrics.open(state.step if continues else 0, repeated)
-        self.merging(state)
+        self.metrics.open(state.step if continues else 0, rollback=rollback)
+        merge(self.parts, state)  # if a shorter run ended here
+
+    def _name_best(self) -> None:
+        """Before the first step, and after a rollback: what the files say may belong to another history."""
+        if self.rank == 0:
+            self.writer.name_best(None if self.state.best is None else self.state.best.step)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
             self.progress.close()
         self.data.close()
         self.writer.wait()
-        if self.mirror is not None:
-            self.mirror.close(wait=False)
+        if self.parts.mirror is not None:
+            self.parts.mirror.close(wait=False)
         self.metrics.close()
 
 
@@ -229,29 +227,29 @@ def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tup
         yield input_ids[piece], labels[piece], boundaries
 
 
-def finish(saving: Saving, state: RunState) -> int:
-    """The run has made all its steps."""
-    saving.save_final(state)
-    log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {saving.writer.folder}")
-    log.info(next_commands(saving.run.config.train.run_dir))
-    return _leave(saving, FINISHED, "done")
+def end(parts: Parts, state: RunState, code: int) -> int:
+    """The run has made all its steps, or some rank was asked to stop. All ranks leave with this exit code."""
+    reason = "done"
+    if code == REQUEUE:
+        reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(parts.guard.stop_reason))))
+        log.info(f"stopping after step {state.step} ({reason})")
+    save_final(parts, state)
+    if code == FINISHED:
+        log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {parts.writer.folder}")
+        log.info(next_commands(parts.config.train.run_dir))
+    else:
+        saved = "saved; the same command continues from here" if state.step else "there is nothing to save yet"
+        log.info(f"{saved} (exit code {code})")
+    parts.metrics.sync()
+    parts.guard.decide(code, reason)
+    return code
 
 
-def stop(saving: Saving, state: RunState) -> int:
-    """Some rank was asked to stop."""
-    reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(saving.guard.stop_reason))))
-    log.info(f"stopping after step {state.step} ({reason})")
-    saving.save_final(state)
-    saved = f"saved; {saving.resume_command} continues from here" if state.step else "there is nothing to save yet"
-    log.info(f"{saved} (exit code {REQUEUE})")
-    return _leave(saving, REQUEUE, reason)
-
-
-def fail_for_data(saving: Saving, state: RunState, error: DataFailed) -> NoReturn:
+def fail_for_data(parts: Parts, state: RunState, error: DataFailed) -> NoReturn:
     """The data of some rank has failed. All ranks raise the same error."""
     saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
     try:
-        saving.save_final(state)
+        save_final(parts, state)
     except TrainingError as failed:  # data and checkpoints may be on the same lost disk
         saved = f"\n{failed}"
     lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
@@ -260,9 +258,3 @@ def fail_for_data(saving: Saving, state: RunState, error: DataFailed) -> NoRetur
     text = "\n".join(dict.fromkeys(map(str, error.failures)))
     by_user = all(isinstance(failure, ValueError) for failure in error.failures)
     raise (DataError if by_user else TrainingError)(text + saved) from error
-
-
-def _leave(saving: Saving, code: int, reason: str) -> int:
-    saving.metrics.sync()
-    saving.guard.decide(code, reason)
-    return code

@@ -1,21 +1,18 @@
 """What precedes and follows an optimizer step: loading its global batch, and judging its result.
 
-A batch is returned once every rank has its share of it. A skipped step or a spike of the loss may force the run back to
-a checkpoint.
+A batch is returned once every rank has its share of it. Skipped steps may force the run back to a checkpoint.
 """
 
 import math
 from dataclasses import dataclass
 
 from relora_mora.config.data import DataConfig
-from relora_mora.config.schema import Config, TrainConfig
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.distributed.collectives import gather_from_ranks, sum_over_hosts
-from relora_mora.engine.engine import ZeroEngine
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.logs import counted, log, shared_log
-from relora_mora.train.log.report import Metrics
+from relora_mora.train.loop.events import Parts
 from relora_mora.train.state.run_state import RunState
 
 WORKER_SECONDS = 60.0  # how long a data worker may be silent, in addition to data.timeout_seconds
@@ -109,44 +106,30 @@ class StepResult:
     data: list[str]  # describes the positions of the share in the training data, if the step was not applied
 
 
-def judge(config: Config, state: RunState, result: StepResult, engine: ZeroEngine, metrics: Metrics) -> str | None:
-    """Reports a skipped step or a spike of the loss; a collective. Returns why the run should go back, if it should."""
-    if state.step in {stage.from_step for stage in config.data.stages}:
-        state.health.begin_window()
-    if not result.applied:
-        return _judge_skipped(config.train, state, result, engine.rank, metrics)
-    state.health.good()
-    [total] = sum_over_hosts([result.loss])
-    loss = total / engine.world_size
-    height = state.health.spike(loss, config.train)
-    if height is None:
-        return None
-    shared_log.warning(
-        "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
-    )
-    metrics.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
-    # after the last step, no other data would follow
-    if config.train.on_spike != "rollback" or state.step == config.train.steps:
-        return None
-    return f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
+def judge(parts: Parts, state: RunState, result: StepResult) -> str | None:
+    """Reports a skipped step; a collective if there is one. Returns why the run should go back, if it should.
 
-
-def _judge_skipped(config: TrainConfig, state: RunState, result: StepResult, rank: int, metrics: Metrics) -> str | None:
-    """Reports the data of the ranks whose loss was not finite."""
+    The report names the data of the ranks whose loss was not finite.
+    """
+    if result.applied:
+        state.bad_steps = 0
+        state.bad_data = []
+        return None
     state.skipped_steps += 1
-    own = None if math.isfinite(result.loss) else f"rank {rank}: {'; '.join(result.data)}"
+    state.bad_steps += 1
+    own = None if math.isfinite(result.loss) else f"rank {parts.run.engine.rank}: {'; '.join(result.data)}"
     bad_data = [data for data in gather_from_ranks(own) if data] or [f"global batch {state.step}"]
-    in_a_row = state.health.bad(bad_data)
+    state.bad_data = [*state.bad_data, *bad_data]
     shared_log.warning(
         "step %d skipped on all ranks: gradient not finite (norm %s); its data: %s",
         state.step,
         result.grad_norm,
         " | ".join(bad_data),
     )
-    metrics.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": bad_data})
-    if in_a_row < config.max_bad_steps:
+    parts.metrics.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": bad_data})
+    if state.bad_steps < parts.config.train.max_bad_steps:
         return None
     return (
-        f"the gradient was not finite for {counted(in_a_row, 'step')} in a row (train.max_bad_steps), "
+        f"the gradient was not finite for {counted(state.bad_steps, 'step')} in a row (train.max_bad_steps), "
         f"the last is step {state.step}"
     )

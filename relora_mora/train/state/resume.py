@@ -6,11 +6,11 @@ the same data again, meets the same numbers, and goes back again.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from relora_mora.checkpoint import layout
-from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
+from relora_mora.checkpoint.layout import CheckpointError, Manifest, list_checkpoints
 from relora_mora.checkpoint.reader import (
     CheckpointReader,
     at_best,
@@ -25,10 +25,11 @@ from relora_mora.config.schema import Config
 from relora_mora.data.lanes import merge_states, start_states
 from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
-from relora_mora.system.logs import counted, log, shared_log
+from relora_mora.optim.groups import make_schedule
+from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
-from relora_mora.train.begin.identity import Identity, changes_since
+from relora_mora.train.begin.identity import changes_since
 from relora_mora.train.begin.inputs import Inputs
 from relora_mora.train.begin.run_folder import abandon_records, start_records
 from relora_mora.train.state.run_state import RunState, TrainingError
@@ -45,39 +46,28 @@ def where_to_resume(config: Config) -> Path | None:
     ambiguous where the run should resume.
     """
     resume = config.train.resume
-    folder = RunFolder(Path(config.train.run_dir))
-    own = folder.checkpoints
-    named = at_best(Path(resume))
+    own = RunFolder(Path(config.train.run_dir)).checkpoints
+    named = None if resume in ("auto", "never") else at_best(Path(resume))
     if not list_checkpoints(own):
-        if resume not in ("auto", "never"):
+        if named is not None:
             check_folder(named)
-            return named
-        if resume == "auto" and (abandoned := sorted(own.glob("abandoned-*step-*"))):
-            raise CheckpointError(
-                f"{own}: holds {abandoned[-1].name} and no other checkpoint; name one in train.resume, or move it away "
-                "to start again"
-            )
-        return None
+        return named
     if resume == "never":
         raise CheckpointError(
             f"{own}: holds checkpoints, and train.resume=never; use another train.run_dir, or train.resume=auto"
         )
-    if resume == "auto" or own.resolve() in (named.resolve(), RunFolder(named).checkpoints.resolve()):
+    if named is None or own.resolve() in (named.resolve(), RunFolder(named).checkpoints.resolve()):
         return own
     previous = None
     with contextlib.suppress(CheckpointError):
         previous = newest_manifest(own).config.get("train", {}).get("resume")
     if previous == resume:
-        log.warning(
-            "train.resume=%s: the run began there before, and continues from what it saved; to begin there again, give "
-            "another train.run_dir",
-            resume,
-        )
+        log.warning("train.resume=%s: the run began there before, and continues from what it saved", resume)
         return own
     check_folder(named)
     if own.resolve() not in (named.absolute().parent.resolve(), named.resolve().parent):
         raise CheckpointError(
-            f"train.resume={resume}: {folder.path} holds checkpoints of a start that did not begin there; "
+            f"train.resume={resume}: {own} holds checkpoints of a start that did not begin there; "
             "train.resume=auto continues from them; to begin at the one you named, give another train.run_dir"
         )
     return named
@@ -88,11 +78,11 @@ def checkpoint_at(where: Path, inputs: Inputs, rank: int) -> Path:
 
     Raises :class:`CheckpointError` if no checkpoint is complete, or if a setting differs that must not change.
     """
-    if where != RunFolder(Path(inputs.config.train.run_dir)).checkpoints:
+    if where != inputs.folder.checkpoints:
         chosen: Path | None = from_first_rank(lambda: find_checkpoint(where))
     else:
         candidates = from_first_rank(lambda: list_checkpoints(where))
-        chosen, problems = first_whole(candidates, _verified_by_all(rank, inputs.world_size))
+        chosen, problems = first_whole(candidates, _verified_by_all(rank, inputs.setup.world_size))
         for problem in problems:
             shared_log.warning("passed over %s", problem)
     if chosen is None:
@@ -113,36 +103,41 @@ def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
     manifest = layout.read_manifest(checkpoint)
     config = inputs.config
     allowed = set(config.train.allow_changes)
-    changes = [
-        change for change in changes_since(Identity.of(manifest), inputs.identity) if not change.is_allowed(allowed)
-    ]
-    permissions = sorted({change.permission for change in changes if change.permission is not None})
-    faults = []
-    for change in changes:
-        with_flag = change.permission is not None and len(permissions) == 1
-        faults.append(f"{change.text}; {_permission(permissions)}" if with_flag else change.text)
-    if manifest.step > 0 and not manifest.data_state:
-        faults.append("data: the checkpoint does not hold its position in the data")
-    if manifest.step > config.train.steps:
-        faults.append(f"train.steps: the checkpoint is already at step {manifest.step}")
+    changes = [change for change in changes_since(manifest, inputs.identity) if not change.is_allowed(allowed)]
+    faults = [*(change.text for change in changes), *_contradictions(manifest, config)]
     if faults:
         lines = [f"{checkpoint}: made with other settings:", *(f"  - {fault}" for fault in faults)]
-        if len(permissions) > 1:
-            lines.append(_permission(permissions))
+        if permissions := sorted({change.permission for change in changes if change.permission is not None}):
+            lines.append(f"to allow these changes: '--train.allow_changes=[{','.join(permissions)}]'")
         lines.append("or give another --train.run_dir, which begins a new run")
         raise CheckpointError("\n".join(lines))
     for name, began in other_weights(checkpoint, config.model).items():
         log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, checkpoint)
 
 
-def _permission(names: list[str]) -> str:
-    """The flag that allows these changes, quoted for the shell."""
-    return f"to allow {'it' if len(names) == 1 else 'these changes'}: '--train.allow_changes=[{','.join(names)}]'"
+def _contradictions(manifest: Manifest, config: Config) -> Iterator[str]:
+    """Why a checkpoint cannot be of a run with these settings, whatever is allowed."""
+    step = manifest.step
+    if step > 0 and not manifest.data_state:
+        yield "data: the checkpoint does not hold its position in the data"
+    if step > config.train.steps:
+        yield f"train.steps: the checkpoint is already at step {step}"
+        return
+    clock = make_schedule(config.method, config.optim, config.train.steps)
+    # a run leaves out the merge after its last step, which a longer run still has to make
+    due = (clock.merges_done(step), clock.operator(step))
+    owes = due[0] == manifest.merges_done + 1 and clock.merge_after(step)
+    if not owes and due != (manifest.merges_done, manifest.operator):
+        yield (
+            f"method: the checkpoint of step {step} has made {manifest.merges_done} merges and has operator "
+            f"{manifest.operator}; with these settings it would be {due[0]} and {due[1]}; resume with the method.name, "
+            "merge_every, merge_until_step, operators and train.steps it was made with"
+        )
 
 
 def begin(run: Run) -> RunState:
     """The state of a run at step 0. Its parts are built with their initial values; a collective."""
-    from_first_rank(lambda: start_records(RunFolder(Path(run.config.train.run_dir))))
+    from_first_rank(lambda: start_records(run.inputs.folder))
     return RunState(initial_seed=run.config.train.seed)
 
 
@@ -155,66 +150,29 @@ def resume(run: Run, checkpoint: Path) -> RunState:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")
     elif reader.manifest.data_content != run.inputs.data_content:
-        shared_log.warning(
-            "the training data has other content under the same names (train.allow_changes): "
-            "reading continues at the same lines"
-        )
+        shared_log.warning("the training data has changed (train.allow_changes): reading continues at the same lines")
     return state
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
-    """Loads tensors, operator and state of a checkpoint into a run; a collective.
-
-    Raises :class:`CheckpointError`, before anything changes, if the merges of the checkpoint contradict the settings.
-    """
+    """Loads tensors, operator and state of a checkpoint into a run; a collective."""
     manifest = reader.manifest
-    folder = RunFolder(Path(run.config.train.run_dir))
-    step = manifest.step
+    checkpoints = run.inputs.folder.checkpoints
     # whether it belongs to the history of this run, and not to another one that this run begins from
-    own = reader.folder.resolve() == (folder.checkpoints / layout.step_folder(step)).resolve()
+    own = reader.folder.resolve() == (checkpoints / layout.step_folder(manifest.step)).resolve()
     state = RunState.load(manifest, own=own)
     best = state.best
     if best is not None and (
         best.metric != run.config.checkpoint.keep_best
-        or not from_first_rank((folder.checkpoints / layout.step_folder(best.step)).exists)
+        or not from_first_rank((checkpoints / layout.step_folder(best.step)).exists)
     ):
         state.best = None
-    _check_merges(run, reader)
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator)
     run.merger.merges_done = manifest.merges_done
     if run.engine.rank == 0:
-        _abandon_other_history(folder, step, own=own)
-    now = run.inputs
-    if (manifest.data_fingerprint, manifest.data_content) != (now.data_fingerprint, now.data_content):
-        state.health.begin_window()
+        _abandon_other_history(run.inputs.folder, manifest.step, own=own)
     return state
-
-
-def _check_merges(run: Run, reader: CheckpointReader) -> None:
-    """Raises :class:`CheckpointError` if the merges or the operator of the checkpoint contradict the settings.
-
-    A run leaves out the merge after its last step, which a longer run still has to make.
-    """
-    manifest = reader.manifest
-    due = run.schedule.merges_done(manifest.step)
-    operator = run.schedule.operator(manifest.step)
-    if due == manifest.merges_done + 1 and run.schedule.merge_after(manifest.step):
-        return
-    if due != manifest.merges_done:
-        fault = (
-            f"has made {counted(manifest.merges_done, 'merge')}, with these settings a run at step {manifest.step} has "
-            f"made {due}; resume with the method.name, method.merge_every, method.merge_until_step and train.steps it "
-            "was made with"
-        )
-    elif operator != manifest.operator:
-        fault = (
-            f"was made with operator {manifest.operator}, the settings say {operator} after step {manifest.step}; "
-            "resume with the method.operators it was made with"
-        )
-    else:
-        return
-    raise same_on_all_ranks(CheckpointError(f"{reader.folder}: {fault}"))
 
 
 def _abandon_other_history(folder: RunFolder, step: int, *, own: bool) -> None:
@@ -233,38 +191,30 @@ def _abandon_other_history(folder: RunFolder, step: int, *, own: bool) -> None:
         abandon_records(folder)
 
 
-def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState | None:
+def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState:
     """Restores model and optimizer from the newest good checkpoint; the data continues where it is. A collective.
 
-    It waits for a checkpoint that is being written. Without such a checkpoint, it returns None after a spike of the
-    loss, and raises :class:`TrainingError` after steps that were skipped, as it does after ``train.max_rollbacks``.
+    It waits for a checkpoint that is being written. Raises :class:`TrainingError` if there is no good checkpoint, and
+    after ``train.max_rollbacks``.
     """
-    config = run.config.train
     writer.wait()
     gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
     earlier = from_first_rank(
         lambda: [path for path in list_checkpoints(writer.folder) if layout.good_step(path) in range(state.step)]
     )
     chosen, _ = first_whole(earlier, _verified_by_all(run.engine.rank, run.engine.world_size))
-    if chosen is None and not state.health.bad_steps:
-        return None
-    if state.rollbacks >= config.max_rollbacks:
-        raise TrainingError(
-            f"{reason}; train.max_rollbacks={config.max_rollbacks} allows no further rollback: raise it "
-            "if the data may be the cause, lower optim.lr, or resume from an older checkpoint"
+    most = run.config.train.max_rollbacks
+    if chosen is None or state.rollbacks >= most:
+        why = (
+            "there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
+            if chosen is None
+            else f"train.max_rollbacks={most} allows no further rollback: raise it if the data may be the cause, or "
+            "lower optim.lr"
         )
-    if chosen is None:
-        raise TrainingError(
-            f"{reason}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
-        )
+        raise TrainingError(f"{reason}; {why}")
     restored = restore(run, CheckpointReader(chosen))
     restored.data = merge_states(gather_from_ranks(state.data))
     restored.rollbacks = state.rollbacks + 1
-    shared_log.warning(
-        "%s: back to step %d; the data of steps %d to %d is skipped",
-        reason,
-        restored.step,
-        restored.step + 1,
-        state.step,
-    )
+    skipped = f"the data of steps {restored.step + 1} to {state.step} is skipped"
+    shared_log.warning("%s: back to step %d; %s", reason, restored.step, skipped)
     return restored

@@ -1,15 +1,10 @@
-"""The state of a run besides its tensors, its form in a checkpoint, and the errors that end a run.
-
-The last losses are part of the state, so a resumed run judges its next step as if it had never stopped.
-"""
+"""The state of a run besides its tensors, its form in a checkpoint, and the errors that end a run."""
 
 import math
-import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
-from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.collectives import sum_over_hosts
 
 
@@ -23,58 +18,6 @@ class DataError(ValueError):
     """The data of some rank cannot be read. What was trained before is saved."""
 
     same_on_all_ranks = True
-
-
-class MemoryShortage(ValueError):
-    """The settings need more memory than there is."""
-
-
-@dataclass
-class StabilityState:
-    """A summary of the last steps. ``losses`` has the last ``spike_window`` good steps, oldest first."""
-
-    losses: list[float] = field(default_factory=list)
-    spikes: int = 0  # in a row, up to the current step
-    bad_steps: int = 0  # in a row, up to the current step
-    bad_data: list[str] = field(default_factory=list)  # descriptions of the bad steps' data
-
-    def bad(self, data: list[str]) -> int:
-        """Records a skipped step and returns how many there are in a row."""
-        self.bad_steps += 1
-        self.bad_data = [*self.bad_data, *data]
-        return self.bad_steps
-
-    def good(self) -> None:
-        self.bad_steps = 0
-        self.bad_data = []
-
-    def begin_window(self) -> None:
-        """Forgets the losses so far, because the text changes."""
-        self.losses = []
-        self.spikes = 0
-
-    def spike(self, loss: float, config: TrainConfig) -> float | None:
-        """How many standard deviations a loss lies above the window's mean, if that is a spike; else None.
-
-        A loss that is not a spike joins the window, unless it is NaN: a step without scored tokens has no loss. Nothing
-        is a spike until the window is a quarter full. After that many spikes in a row, the loss has reached another
-        level, and the window starts again.
-        """
-        if not math.isfinite(loss):
-            return None
-        quarter = config.spike_window // 4
-        if len(self.losses) >= quarter:
-            mean = statistics.fmean(self.losses)
-            deviation = max(statistics.stdev(self.losses, mean), 1e-6 * abs(mean))
-            height = (loss - mean) / deviation
-            if height > config.spike_deviations:
-                self.spikes += 1
-                if self.spikes >= quarter:  # a resume may have lowered spike_window
-                    self.begin_window()
-                return height
-        self.spikes = 0
-        self.losses = [*self.losses, loss][-config.spike_window :]
-        return None
 
 
 @dataclass
@@ -120,7 +63,8 @@ class RunState:
     tokens: int = 0
     skipped_steps: int = 0
     rollbacks: int = 0  # of this run
-    health: StabilityState = field(default_factory=StabilityState)
+    bad_steps: int = 0  # in a row, up to the current step
+    bad_data: list[str] = field(default_factory=list)  # descriptions of the bad steps' data
     interval: Interval = field(default_factory=Interval)
     data: dict[str, Any] = field(default_factory=dict)
     saved: int | None = None  # the step of the newest checkpoint in the run folder
@@ -134,7 +78,8 @@ class RunState:
             "initial_seed": self.initial_seed,
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
-            **asdict(self.health),
+            "bad_steps": self.bad_steps,
+            "bad_data": self.bad_data,
             "interval": self.interval.dump(world_size),
             "rollbacks": self.rollbacks,
             "evaluated": self.evaluated == self.step,
@@ -145,9 +90,6 @@ class RunState:
     def load(manifest: Manifest, *, own: bool) -> "RunState":
         """The state in a checkpoint. ``own``: it is in this run's folder, so its step counts as saved."""
         counters = manifest.counters
-        health = StabilityState(**{key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data")})
-        if not own:
-            health.good()  # its bad steps, and the checkpoints to go back to, are in another folder
         step = manifest.step
         best = counters.get("best")  # release 0.2 had none
         return RunState(
@@ -156,7 +98,9 @@ class RunState:
             tokens=counters["tokens"],
             skipped_steps=counters["skipped_steps"],
             rollbacks=counters["rollbacks"] if own else 0,
-            health=health,
+            # those of another run, and the checkpoints to go back to, are in another folder
+            bad_steps=counters["bad_steps"] if own else 0,
+            bad_data=counters["bad_data"] if own else [],
             interval=Interval(**counters["interval"]),
             data=manifest.data_state,
             saved=step if own else None,

@@ -24,7 +24,6 @@ def with_a_stopped_worker(config: Any) -> str:
     from relora_mora.train.state.run_state import TrainingError
 
     train_step = Trainer.train_step
-    before = loading.WORKER_SECONDS
 
     def step(self: Trainer, share: Any) -> Any:
         result = train_step(self, share)
@@ -32,16 +31,11 @@ def with_a_stopped_worker(config: Any) -> str:
             os.kill(self.data._workers[0].pid, signal.SIGSTOP)
         return result
 
-    Trainer.train_step = step  # type: ignore[method-assign]
-    loading.WORKER_SECONDS = 0.0
-    try:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as caught:
+        patch.setattr(Trainer, "train_step", step)
+        patch.setattr(loading, "WORKER_SECONDS", 0.0)
         pretrain(config)
-    except TrainingError as error:
-        return str(error)
-    finally:
-        Trainer.train_step = train_step  # type: ignore[method-assign]
-        loading.WORKER_SECONDS = before
-    return ""
+    return str(caught.value)
 
 
 @pytest.mark.stops
@@ -173,14 +167,11 @@ def on_folders_of_their_own(config: Any) -> str:
     """As ``of_two_hosts``, with a run folder that rank 1 does not share."""
     from relora_mora.train.begin import run_folder as agreement
 
-    content, before = agreement._content, agreement.APPEAR_SECONDS
-    if os.environ["RANK"] == "1":
-        agreement._content = lambda file: None
-    agreement.APPEAR_SECONDS = 0.5
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "APPEAR_SECONDS", 0.5)
+        if os.environ["RANK"] == "1":
+            patch.setattr(agreement, "_content", lambda file: None)
         return of_two_hosts(config, config)
-    finally:
-        agreement._content, agreement.APPEAR_SECONDS = content, before
 
 
 @pytest.mark.more

@@ -19,7 +19,6 @@ from tests.tools.helpers import RUBBISH
 from tests.tools.runs import checkpoint_at, run_config, train
 
 pytestmark = pytest.mark.distributed
-STATE, BASE = "state-00000-of-00001.safetensors", "base-00000-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +48,6 @@ def refuses(inputs, tmp_path) -> Callable[..., None]:
     return check
 
 
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_bytes(RUBBISH)
@@ -73,18 +66,6 @@ def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
         refuses(tmp_path / name, str(tmp_path / name), message)
 
 
-def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, run_folder, tmp_path):
-    run = shutil.copytree(run_folder, tmp_path / "run")
-    newest, older = checkpoint_at(run, 5), checkpoint_at(run, 4)
-    flip(newest / STATE, -3)
-    assert export(run, tmp_path / "out") == older
-    (older / BASE).unlink()
-    refuses(run, "all checkpoints in it are damaged", f"step-00000005: {STATE}", f"step-00000004: {BASE}")
-
-
-# ---- folders of other programs -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def exported(run_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "model"
@@ -92,18 +73,18 @@ def exported(run_folder, tmp_path_factory) -> Path:
     return folder
 
 
-@each("harm", ["missing", "shape", "cut", "empty", "rubbish"])
+@each("harm", ["missing", "cut"])
 def test_a_damaged_model(exported, inputs, tmp_path, harm):
     folder = shutil.copytree(exported, tmp_path / "model")
     path = folder / "model.safetensors"
     weights = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight"
-    value = weights.pop(name)
-    if harm in ("missing", "shape"):
-        save_file(weights | ({name: value[:4].clone()} if harm == "shape" else {}), path, metadata={"format": "pt"})
+    del weights[name]
+    if harm == "missing":
+        save_file(weights, path, metadata={"format": "pt"})
     else:
-        path.write_bytes({"cut": path.read_bytes()[:-7], "empty": b"", "rubbish": RUBBISH}[harm])
-    named = name if harm in ("missing", "shape") else str(path)
+        path.write_bytes(path.read_bytes()[:-7])
+    named = name if harm == "missing" else str(path)
     refused(call(EVALUATE, folder, f"--data={inputs}/validation/*.json.gz"), str(folder), named)
 
 
@@ -140,16 +121,13 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
     refused(answer, "--micro_batch_size: ", "need more memory than available; lower it", notes=1)
 
 
-# ---- output ---------------------------------------------------------------------------------------------------------
-
-
 def test_faults_of_this_machine_come_before_any_request(pools, inputs, tokenizer_path, tmp_path):
     """A server that does not answer is asked again for minutes."""
     for tokenizer, model, fault in (
-        (str(tmp_path / "none"), {}, "tokenizer.path: .*none: not found"),
+        (str(tmp_path / "none"), {}, "none: not found; expected a folder with tokenizer.model"),
         (tokenizer_path, {"config": "llama_8b"}, "did you mean llama_7b"),
     ):
-        config = run_config(inputs, tokenizer, tmp_path / "run", model=model)
+        config = run_config(inputs, tokenizer, tmp_path / "run", model=model, data={"train": "some/set"})
         with pytest.raises(AssertionError, match=fault):
             pools(1)(_without_requests, config)
 

@@ -13,7 +13,6 @@ from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.begin.settings import check_run_folder
 from tests.tools.commands import PRETRAIN, call, disk
-from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, write_config
 from tests.tools.runs import logged_steps, run_config
 
@@ -51,15 +50,14 @@ def test_a_folder_that_is_not_a_run_is_refused_and_not_changed(pools, inputs, to
     (folder / "tokenizer" / "notes.txt").write_text("my own")
     config = _config(inputs, tokenizer_path, folder, folder / "config.yaml")
     before = {path: path.read_bytes() for path in (config, folder / "tokenizer" / "notes.txt")}
-    for _ in range(2):
-        answers = pools(2)(call, PRETRAIN, config)
-        assert [answer.code for answer in answers] == [2, 2]
-        output = "".join(answer.out + answer.err for answer in answers)
-        assert output.count(f"{folder} is not the folder of a run") == 1, output
-        assert "config.yaml, tokenizer there; give a new or empty folder" in output
-        assert "Traceback" not in output
-        assert {path: path.read_bytes() for path in before} == before
-        assert {path.name for path in folder.iterdir()} - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
+    answers = pools(2)(call, PRETRAIN, config)
+    assert [answer.code for answer in answers] == [2, 2]
+    output = "".join(answer.out + answer.err for answer in answers)
+    assert output.count(f"{folder} is not the folder of a run") == 1, output
+    assert "config.yaml, tokenizer there; give a new or empty folder" in output
+    assert "Traceback" not in output
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in folder.iterdir()} - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
 
 
 def test_foreign_files_are_not_overwritten(tmp_path):
@@ -67,9 +65,9 @@ def test_foreign_files_are_not_overwritten(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "epoch=1.ckpt").touch()
     with pytest.raises(ConfigError, match=r"a run would overwrite wandb-id\.txt there"):
-        check_run_folder(tmp_path)
+        check_run_folder(RunFolder(tmp_path))
     (tmp_path / "lock").touch()
-    check_run_folder(tmp_path)
+    check_run_folder(RunFolder(tmp_path))
 
 
 @pytest.mark.stops
@@ -92,14 +90,6 @@ def test_a_disk_that_is_full_for_a_while_loses_only_lines_and_checkpoints(inputs
         assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000250\n"
 
 
-def test_a_broken_link_is_not_a_run_folder(tmp_path):
-    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(
-        ConfigError, match=r"run is a link to a folder that does not exist; mount its disk, or remove the link"
-    ):
-        check_run_folder(tmp_path / "run")
-
-
 @pytest.mark.more
 def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(runs, tmp_path):
     def start(stop_after=None, **sections):
@@ -119,20 +109,15 @@ def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(run
 
 
 @pytest.mark.stops
-@pytest.mark.parametrize("another", [True, *rest((False,), mark="long")])
-def test_a_run_whose_folder_is_removed_or_taken_ends_without_touching_it(inputs, tokenizer_path, tmp_path, another):
+def test_a_run_whose_folder_is_taken_ends_without_touching_it(inputs, tokenizer_path, tmp_path):
     """A run folder is deleted, and maybe started again, while its old processes still run."""
     run_dir = tmp_path / "run"
     job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
     job.wait_for_step(run_dir, 15)
-    if another:
-        other = RunLock(tmp_path / "elsewhere")
-        other.acquire()
-        other.path.replace(run_dir / "lock")
-    else:
-        run_dir.rename(tmp_path / "moved")
+    other = RunLock(tmp_path / "elsewhere")
+    other.acquire()
+    other.path.replace(run_dir / "lock")
     assert job.wait() == 2, job.output
     assert "the run folder was removed or moved, or another trainer works in it" in job.output
     assert "Traceback" not in job.output
-    if another:
-        other.release()
+    other.release()

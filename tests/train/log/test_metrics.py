@@ -161,28 +161,17 @@ def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(runs, pools, t
     assert [json.loads(line) for line in found["end"].splitlines()] == metrics_of(tmp_path / "run")
 
 
-def test_metrics_that_a_disk_rejects_are_reported_once_and_do_not_end_the_run(tmp_path, monkeypatch, capfd):
+def test_a_start_repeats_what_came_after_a_checkpoint_and_a_rollback_does_not(tmp_path):
+    """The evaluation was stopped, so the first resume from the checkpoint made it."""
+    saved = [{"train/loss"}, {"perf/checkpoint_stall_seconds"}]
     metrics = opened(tmp_path, 0)
-    metrics.write(1, {"train/loss": 1.0})
-    setup_logging(0)
-
-    def full(handle: int) -> None:
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    monkeypatch.setattr(os, "fsync", full)
-    metrics.sync()
+    for values in ({"train/loss": 1.0}, {"perf/checkpoint_stall_seconds": 0.5}, {"eval/loss": 2.0}):
+        metrics.write(3, values)
+    metrics.open(3, rollback=True)
+    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [*saved, {"eval/loss"}]
+    metrics.open(3)
     metrics.close()
-    assert capfd.readouterr().err.count("metrics.jsonl: metrics cannot be written (Disk quota exceeded)") == 1
-
-
-def test_a_repeated_evaluation_takes_the_place_of_all_lines_after_it(tmp_path):
-    """A save that came after it is repeated, too."""
-    first = opened(tmp_path, 0)
-    for values in ({"train/loss": 1.0}, {"eval/loss": 2.0}, {"perf/checkpoint_stall_seconds": 0.5}):
-        first.write(3, values)
-    first.close()
-    opened(tmp_path, 3, repeated=frozenset({"eval/loss"})).close()
-    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [{"train/loss"}]
+    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == saved
 
 
 def test_the_first_rank_logs_what_concerns_all_ranks(capsys):
@@ -206,14 +195,3 @@ def test_every_number_is_a_curve_of_its_own_name_and_the_settings_are_text(tmp_p
     assert _board(tmp_path, "eval/c4/loss") == [(3, 2.0)]
     [settings] = _events(tmp_path).Tensors("run/config/text_summary")
     assert b"lr: 0.25" in settings.tensor_proto.string_val[0]
-
-
-def test_a_new_start_shows_no_points_of_the_previous_one(tmp_path):
-    for rate in (0.5, 0.25):
-        _write_config(tmp_path, optim={"lr": rate})
-        metrics = opened(tmp_path, 0, loggers=[TensorBoard(tmp_path)])
-        metrics.write(0, {"eval/loss": 10 * rate})
-        metrics.close()
-    assert _board(tmp_path, "eval/loss") == [(0, 2.5)]
-    assert b"lr: 0.25" in _events(tmp_path).Tensors("run/config/text_summary")[-1].tensor_proto.string_val[0]
-    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -53,7 +52,7 @@ def faulty(
 
     def config_start(trainer: Trainer) -> int:
         """How many batches came before this process, including those that rollbacks skipped."""
-        before = rollbacks(trainer.folder)[: trainer.state.rollbacks]
+        before = rollbacks(Path(trainer.config.train.run_dir))[: trainer.state.rollbacks]
         return trainer.state.step + sum(at - step for step, at in before)
 
     def poisoned(self: LossModel, *batch: Any) -> torch.Tensor:
@@ -62,14 +61,13 @@ def faulty(
             return loss
         return loss * factors.get(seen["number"], 1.0) + (added or {}).get(seen["number"], 0.0)
 
-    Trainer.next_batch, LossModel.forward = numbered, poisoned  # type: ignore[method-assign]
-    try:
-        with contextlib.suppress(Stopped):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "next_batch", numbered)
+        patch.setattr(LossModel, "forward", poisoned)
+        try:
             pretrain(config)
-    except TrainingError as error:
-        return str(error)
-    finally:
-        Trainer.next_batch, LossModel.forward = next_batch, forward  # type: ignore[method-assign]
+        except (Stopped, TrainingError) as error:
+            return str(error)
     return ""
 
 
@@ -97,22 +95,3 @@ def same_run(a: Path, b: Path) -> bool:
         and all(torch.equal(first[key], second[key]) for key in first)
         and state[0] == state[1]
     )
-
-
-def spiked(config: Any, number: int) -> str:
-    """Trains with the loss of rank 1 raised at one global batch, as a bad batch would; its gradient is as before."""
-    from relora_mora.train.loop.loop import Trainer
-
-    train_step = Trainer.train_step
-
-    def raised(self: Trainer, share: Any) -> Any:
-        result = train_step(self, share)
-        if self.rank == 1 and self.data_numbers == number:  # counted by faulty()
-            result = replace(result, loss=result.loss + 1000.0)
-        return result
-
-    Trainer.train_step = raised  # type: ignore[method-assign]
-    try:
-        return faulty(config, {})
-    finally:
-        Trainer.train_step = train_step  # type: ignore[method-assign]

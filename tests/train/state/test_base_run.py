@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
 
-from relora_mora.config.load import ConfigError
-from tests.tools.runs import checkpoint_at, logged_values, manifest_at, tensors, train
+from tests.tools.runs import checkpoint_at, logged_values, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -39,27 +36,3 @@ def test_the_base_may_change_at_every_resume_and_loses_nothing(runs, pools, tmp_
         before = after
     values = logged_values(run_dir)
     assert len(values) == 8
-
-
-def _on_a_cpu(config: Any, vnni: Sequence[bool], stop_after: int | None = None) -> str:
-    """Trains on CPUs with or without AVX512-VNNI, one for each rank; returns the message of a refusal."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni[dist.get_rank()])
-        try:
-            train(config, stop_after)
-        except ConfigError as error:
-            return str(error)
-    return ""
-
-
-@pytest.mark.more
-def test_a_run_may_move_to_a_machine_that_chooses_otherwise_but_ranks_may_not_differ(runs, pools, tmp_path):
-    sections = _sections(1, base="int8", base_products="auto")
-    config = runs.config(tmp_path / "run", 2, **sections)
-    first, second = pools(2)(_on_a_cpu, config, [True, False])
-    assert first == second
-    assert "method.base_products: different from the first rank" in first
-    pools(2)(_on_a_cpu, config, [True, True], stop_after=4)
-    pools(2)(_on_a_cpu, config, [False, False])
-    chosen = [manifest_at(tmp_path / "run", step)["config"]["method"]["base_products"] for step in (4, 10)]
-    assert chosen == [True, False]

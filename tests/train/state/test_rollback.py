@@ -9,7 +9,7 @@ import torch
 
 from tests.tools.grids import rest
 from tests.tools.runs import checkpoint_at, logged_steps, metrics, tensors
-from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, same_run, spiked
+from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, same_run
 
 pytestmark = pytest.mark.distributed
 
@@ -79,21 +79,3 @@ def test_without_a_checkpoint_for_a_rollback_the_run_ends(pools, inputs, tokeniz
     config = fault_settings(tmp_path / "run", inputs, tokenizer_path)
     messages = pools(2)(faulty, config, {2: float("nan"), 3: float("nan")})
     assert all("there is no earlier checkpoint" in message for message in messages)
-
-
-@pytest.mark.parametrize("reaction", ["rollback", *rest(("flag",))])
-def test_a_loss_spike_is_flagged_and_may_roll_back(pools, inputs, tokenizer_path, tmp_path, reaction, monkeypatch):
-    folder, reference = tmp_path / "run", tmp_path / "reference"
-    settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": reaction}
-    config = fault_settings(folder, inputs, tokenizer_path, **settings)
-    assert pools(2)(spiked, config, 8) == ["", ""]
-    lines = metrics(folder)
-    flagged = [(line["step"], line["train/loss_spike"]) for line in lines if "train/loss_spike" in line]
-    if reaction == "flag":
-        assert [step for step, _ in flagged] == [8]
-        assert flagged[0][1] > 20
-        assert rollbacks(folder) == []
-    else:
-        assert rollbacks(folder) == [(6, 8)]
-        pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **settings), {}, drop=(7, 8))
-        assert same_run(folder, reference)
