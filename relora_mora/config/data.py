@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
 
-from relora_mora.config.types import LARGEST, LONGEST_SECONDS, Fraction, Free, OfText, Positive, Seed, Strict, Text
+from relora_mora.config.types import LARGEST, FilePath, Fraction, Free, OfText, Positive, Seconds, Seed, Strict, Text
 
 Kind = Literal["messages", "alpaca", "sharegpt", "prompt", "question", "text"]
 Score = Literal["answers", "all"]
@@ -36,7 +36,7 @@ CONVERSATIONS: tuple[Kind, ...] = ("messages", "sharegpt")  # kinds that a chat 
 class RecordsConfig(Strict):
     kind: Kind = Field(description="what a row holds: see docs/data.md")
     columns: dict[Text, Text] = Field({}, description="key or column of each field whose name differs from the field's")
-    template: Text | None = Field(
+    template: FilePath | None = Field(
         None, description="chat template of conversations: chatml or a .jinja file; null: the tokenizer's"
     )
     score: Score = Field("answers", description="which tokens count in the loss; in plain text all do")
@@ -251,9 +251,7 @@ class DataConfig(Strict):
         0.01,
         description="stop if a larger fraction of a shard's lines or rows is bad; fewer than 1,000 count as 1,000",
     )
-    timeout_seconds: Free[Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]] = Field(
-        600.0, description="give up on a source that has failed for this long"
-    )
+    timeout_seconds: Free[Seconds] = Field(600.0, description="give up on a source that has failed for this long")
 
     @property
     def is_mixture(self) -> bool:

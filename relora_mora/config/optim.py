@@ -2,11 +2,19 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, OTHERS, MatrixOptimizer, ScheduleKind, is_own, optimizer_of
-from relora_mora.config.types import Decay, Fixed, Fraction, NotNegative, Positive, Rate, Strict, Text
+from relora_mora.config.registry import (
+    MATRIX_OPTIMIZERS,
+    OTHERS,
+    MatrixOptimizer,
+    ScheduleKind,
+    is_own,
+    optimizer_of,
+    split_rule,
+)
+from relora_mora.config.types import Decay, Fixed, Fraction, NotNegative, Positive, Rate, Strict, Text, find_path
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str
@@ -16,10 +24,11 @@ else:  # a type checker does not accept choices that are known only at run time
     OtherOptimizerName = Literal[OTHERS]
 
 
-def _own_rule(text: str) -> str:
+def _own_rule(text: str, info: ValidationInfo) -> str:
     if not is_own(text):
         raise PydanticCustomError("rule", "a rule of your own, as FILE.py:NAME or package.module:NAME")
-    return text
+    place, name = split_rule(text)
+    return f"{find_path(place, info)}:{name}" if place.endswith(".py") else text
 
 
 OwnRule = Annotated[Text, AfterValidator(_own_rule)]

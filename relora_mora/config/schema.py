@@ -5,19 +5,23 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
+from relora_mora.config.checks.deepspeed import DeepSpeed
 from relora_mora.config.data import DataConfig
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import METHODS, OPERATORS, Method
+from relora_mora.config.shipped import MODELS, find_config
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
     Decay,
+    FilePath,
     Fixed,
     Fraction,
     Free,
+    HomePath,
     NotNegative,
     Positive,
     Project,
@@ -36,24 +40,25 @@ else:  # a type checker does not accept choices that are known only at run time
     MoraType = Literal[tuple(OPERATORS)]
 
 
+ModelFile = Annotated[FilePath, AfterValidator(lambda path: str(find_config(path, MODELS)))]
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a LLaMA
 
 
 class ModelConfig(Strict):
     """The model. ``config`` is a transformers config in JSON, and ``overrides`` replaces some of its keys."""
 
-    config: Free[Text | None] = Field(
+    config: Free[ModelFile | None] = Field(
         None,
         description="the config.json of a causal language model of transformers, relative to the current folder or "
         "else to this YAML file, or the name of a shipped one; null: the config of init_from",
     )
     overrides: Free[dict[str, Any]] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
-    init_from: Free[Text | None] = Field(
+    init_from: Free[HomePath | None] = Field(
         None,
         description="the initial weights: a Hugging Face folder of a causal language model, or a checkpoint or run "
         "folder of any method",
     )
-    adapter: Free[Text | None] = Field(
+    adapter: Free[HomePath | None] = Field(
         None,
         description="the initial adapters, which were trained on the model in init_from: a folder in the layout of "
         "PEFT or of the released MoRA code",
@@ -77,7 +82,7 @@ class ModelConfig(Strict):
 
 
 class TokenizerConfig(Strict):
-    path: Free[Text | None] = Field(
+    path: Free[FilePath | None] = Field(
         None,
         description="a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder; "
         "null: the tokenizer of model.init_from",
@@ -202,7 +207,7 @@ class MethodConfig(Strict):
 
 
 class TrainConfig(Strict):
-    run_dir: Free[Text] = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
+    run_dir: Free[HomePath] = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
     steps: Positive = Field(10000, description="optimizer steps of the whole run; or set tokens or epochs instead")
     tokens: Whole | None = Field(
         None, description="tokens of the whole run, instead of steps, e.g. 5e9; rounded up to whole steps"
@@ -222,7 +227,7 @@ class TrainConfig(Strict):
         False, description="on GPUs: compute the same bits every time, for bit-equal resumes; slower; CPUs always do"
     )
     seed: Seed = Field(0, description="seed of the initial weights and everything else random, except text order")
-    resume: Free[Text] = Field(
+    resume: Free[HomePath] = Field(
         "auto",
         description="auto: from the newest complete checkpoint of run_dir; never: refuse a run_dir with checkpoints; "
         "or a checkpoint folder",
@@ -248,8 +253,8 @@ class TrainConfig(Strict):
     peer_timeout_seconds: Free[Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)]] = Field(
         300.0, description="end the run if a rank is gone or has done nothing for this long"
     )
-    deepspeed: Free[dict[str, Any]] = Field(
-        {}, description="additional DeepSpeed settings; those that follow from other settings are refused"
+    deepspeed: Free[DeepSpeed] = Field(
+        DeepSpeed(), description="additional DeepSpeed settings; those that follow from other settings are refused"
     )
 
 
