@@ -63,9 +63,9 @@ def test_a_token_is_refused_in_any_setting(tmp_path: Path, sections: dict[str, d
         (["a.json", LOGIN], "~/.netrc"),
         ("http://pa55w0rd@example.org/a", "~/.netrc"),
         ("https://ann:pa55w0rd/x@example.org/a.json", "~/.netrc"),
-        ("https://a.org/b?X-Amz-Credential=AK%2F1&X-Amz-Signature=Sign4ture", "its query (X-Amz-Credential)"),
-        ("https://a.org/b?sv=2024&se=2026&sig=Sign4ture", "its query (sig)"),
-        ("https://a.org/b?a=1&access_token=Sign4ture", "its query (access_token)"),
+        ("https://a.org/b?X-Amz-Credential=AK%2F1&X-Amz-Signature=Sign4ture", "its query"),
+        ("https://a.org/b?sv=2024&se=2026&sig=Sign4ture", "its query"),
+        ("https://a.org/b?a=1&access_token=Sign4ture", "its query"),
     ],
 )
 def test_a_login_or_a_signature_in_a_url_is_refused(source: Any, named: str) -> None:
@@ -143,5 +143,5 @@ def test_messages_are_redacted(text: str, shown: str) -> None:
 )
 def test_a_command_refuses_and_hides_them(argv: tuple[str, ...]) -> None:
     answer = call(*argv)
-    refused(answer, "in the command line", "it holds")
+    refused(answer, "the command line:", "it holds")
     assert not any(secret in answer.err for secret in SECRETS)
