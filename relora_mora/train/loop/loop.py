@@ -28,7 +28,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress, next_commands, seconds_since_start
+from relora_mora.train.log.progress import Progress, seconds_since_start
 from relora_mora.train.log.report import Metrics
 from relora_mora.train.loop.evaluating import Evaluating
 from relora_mora.train.loop.events import Merging, Reporting, Saving
@@ -234,7 +234,6 @@ def finish(saving: Saving, state: RunState) -> int:
     """The run has made all its steps."""
     saving.save_final(state)
     log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {saving.writer.folder}")
-    log.info(next_commands(saving.run.config.train.run_dir))
     return _leave(saving, FINISHED, "done")
 
 
