@@ -265,12 +265,6 @@ def test_settings_without_effect_are_named(changes: dict[str, Any], unused: dict
     ]
 
 
-def test_derived_quantities() -> None:
-    config = validate(tree(train={"batch_size": 96, "micro_batch_size": 4}), "t")
-    assert (config.tokens_per_step, config.lanes, config.accumulation_steps(3)) == (96 * 512, 32, 8)
-    assert validate(tree(data={"lanes": 12}, train={"batch_size": 96}), "t").lanes == 12
-
-
 def test_the_name_of_a_model_gets_the_setting_that_takes_it():
     with pytest.raises(ConfigError, match=r"llama_7b:\n  - it is a model .* --model\.config=llama_7b"):
         load_config("llama_7b")
