@@ -93,4 +93,12 @@ Fixed = Annotated[T, Resume("fixed")]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    """Refuses unknown keys and wrong types. The text below a setting is its description."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **given: Any) -> None:
+        super().__pydantic_init_subclass__(**given)
+        for field in cls.model_fields.values():
+            field.description = field.description and " ".join(field.description.split())
