@@ -60,7 +60,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("train.epochs", {"train.epochs": 2, "data.train": TWO}),
     ("data.train", {"data.train": [{"source": "x/a"}, {"source": "y/a"}]}),
     ("data.train", {"data.train": [{"source": "x", "weight": 0}]}),
-    ("data.packing", {"data.train": [TWO[0], {**TWO[1], "records": {"kind": "question"}}], "data.concatenate": True}),
+    (
+        "data.concatenate",
+        {"data.train": [TWO[0], {**TWO[1], "records": {"kind": "question"}}], "data.concatenate": True},
+    ),
     (
         "data.concatenate",
         {
@@ -79,8 +82,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("checkpoint.keep_best", {"checkpoint.keep_best": "eval/loss", "eval.every_steps": 0}),
     ("checkpoint.keep_best", {"checkpoint.keep_best": "tasks/arc_easy/acc"}),
     ("checkpoint.keep_best", {"checkpoint.keep_best": "tasks/a/acc", "eval.tasks": ["a"], "eval.tasks_every_steps": 0}),
-    ("data.train.0.config", {"data.train": [{"source": "o/n:en", "config": "de"}]}),
-    ("data.validation.a.0.split", {"data.validation": {"a": {"source": "o/n::x", "split": "y"}}}),
+    ("data.train.0", {"data.train": [{"source": "o/n:en", "config": "de"}]}),
+    ("data.validation.a.0", {"data.validation": {"a": {"source": "o/n::x", "split": "y"}}}),
     ("data.train.0.name", {"data.train": [{"source": "*.json"}]}),
     ("data.train.0.max_epochs", {"train.epochs": 2, "data.train": [{"source": "a", "max_epochs": 1}]}),
     ("data.validation.0.name", {"data.validation": [{"source": "x", "name": "a"}]}),
