@@ -164,6 +164,7 @@ GOOD: list[dict[str, Any]] = [
 ]
 GOOD_SOURCES: list[dict[str, Any]] = [
     {"data.train": [{"source": "o/n:en", "split": "x"}, {"source": "*.json", "name": "web"}]},
+    {"data.train": {"source": "o/n::x", "config": "y"}},
     {"data.train": TWO, "data.concatenate": True, "train.epochs": 2},
     {"data.train": MIXTURE, "data.stages": stages({"a": 1, "b": 1}, {"a": 0, "b": 1})},
     {"train.epochs": 2, "data.train": [{"source": "a", "max_epochs": 1, "at_max_epochs": "warn"}]},

@@ -64,7 +64,7 @@ def _named_twice(source: TextSource) -> list[str]:
     """Of the configuration and the split that ``OWNER/NAME:CONFIG:SPLIT`` names, those that the record names, too."""
     is_set = "://" not in source.source and not source.source.startswith("hub:")
     parts = zip(("config", "split"), source.source.split(":")[1:], strict=False)
-    return [key for key, _ in parts if is_set and getattr(source, key) is not None]
+    return [key for key, named in parts if is_set and named and getattr(source, key) is not None]
 
 
 def _of_mixtures(source: TextSource) -> list[str]:
