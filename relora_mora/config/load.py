@@ -168,7 +168,7 @@ def with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Mapping[str, A
     """A tree of settings, with defaults for those that it lacks and that its method uses."""
     section = tree.get("method")
     name = section.get("name") if isinstance(section, dict) else None
-    unused = settings_of_others(METHODS, METHODS.get(str(name)))
+    unused = settings_of_others(METHODS.get(str(name)))
     result = dict(tree)
     for section, values in defaults.items():
         own = tree.get(section) or {}

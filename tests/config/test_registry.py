@@ -7,7 +7,14 @@ from pkgutil import resolve_name
 from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.config.optim import OptimConfig
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, split_rule
+from relora_mora.config.registry import (
+    MATRIX_OPTIMIZERS,
+    METHODS,
+    MUON_SETTINGS,
+    OPERATORS,
+    RULE_SETTINGS,
+    split_rule,
+)
 from relora_mora.config.schema import SETTINGS, MethodConfig
 from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
@@ -24,10 +31,11 @@ def test_records_name_code_and_settings_that_exist():
     for record in OPERATORS.values():
         assert issubclass(resolve_name(record.code), Operator)
         assert all(callable(getattr(grouping, name)) for name in record.groupings)
+    assert {*MUON_SETTINGS, *RULE_SETTINGS} <= set(SETTINGS)
     for name, record in MATRIX_OPTIMIZERS.items():
         optim = OptimConfig(matrices=name)
         assert optim.of_group("adapters") == optim.of_group("linears") == record and record.name == name
-        assert record.title and set(record.settings) <= set(SETTINGS)
+        assert record.title
         assert ("adapters" in matrix_rules(optim)) == (name != "adamw")
 
 
@@ -37,6 +45,5 @@ def test_a_rule_of_ones_own_has_a_record(given):
     for group in ("adapters", "linears"):
         record = optim.of_group(group)
         assert (record.name, record.title, record.moments, record.rule) == (given, "Rule", (), given)
-        assert set(record.settings) <= set(SETTINGS)
     assert optim.of_group("embeddings").name == optim.of_group("norms").name == "adamw"
     assert split_rule(given) == (given.removesuffix(":Rule"), "Rule")

@@ -8,8 +8,8 @@ from relora_mora.config.checks.data import data_faults, misnamed_metric, missing
 from relora_mora.config.checks.method import METHOD_RULES, own_faults
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.registry import (
-    MATRIX_OPTIMIZERS,
     METHODS,
+    MUON_SETTINGS,
     RULE_SETTINGS,
     is_own,
     optimizer_named,
@@ -56,7 +56,7 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 
     ``settings`` are all settings of a run, by dotted name. An unknown method or optimizer is assumed to use all.
     """
-    matrices, others, method = (settings[name] for name in ("optim.matrices", "optim.others", "method.name"))
+    matrices, method = settings["optim.matrices"], settings["method.name"]
     record = METHODS.get(method)
     unused: dict[str, str] = {}
     if settings["method.reset"] not in ("magnitude", "random"):
@@ -69,7 +69,6 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
         unused["optim.decay_steps"] = f"optim.schedule={settings['optim.schedule']}"
     if not (settings["method.train_embeddings"] or settings["method.train_head"]):
         unused["optim.others"] = "a run that trains neither embeddings nor head"
-        others = "adamw"
     if not settings["eval.tasks"]:
         unused |= dict.fromkeys(TASK_SETTINGS, "a run without eval.tasks")
     if settings["method.base"] not in ("int8", "fp8"):
@@ -79,11 +78,11 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
             unused["optim.lr_other"] = "a run that trains only adapters"
         if record.adapter.has_square and settings["method.square_size"] is not None:
             unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
-    cause = f"optim.matrices={matrices}" + ("" if others == "adamw" else f" with optim.others={others}")
-    unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *map(optimizer_named, (matrices, others))), cause)
+    if matrices != "muon" and optimizer_named(matrices) is not None:
+        unused |= dict.fromkeys(MUON_SETTINGS, f"optim.matrices={matrices}")
     if not is_own(matrices):
         unused |= dict.fromkeys(RULE_SETTINGS, f"optim.matrices={matrices}")
-    return unused | dict.fromkeys(settings_of_others(METHODS, record), f"method {method}")
+    return unused | dict.fromkeys(settings_of_others(record), f"method {method}")
 
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:

@@ -129,7 +129,7 @@ def _default(section: str, key: str) -> Any:
 def _unused_settings(saved: Identity, now: Identity) -> set[str]:
     """Settings that the saved run did not use, and ``method.name`` if both methods have the same adapter."""
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
-    unused = set(settings_of_others(METHODS, before))
+    unused = set(settings_of_others(before))
     return unused | ({"method.name"} if before.adapter is after.adapter else set())
 
 
