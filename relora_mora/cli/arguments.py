@@ -72,8 +72,8 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
             found = getattr(error, "faults", [str(error)])
             if further := [fault for fault in found if not fault.startswith("--: ")]:
                 faults += further
-                where = getattr(error, "source", source)
-                source = where if source in where else f"{where} and {source}"
+                file = getattr(error, "source", source)
+                source = file if source in file else f"{file} and {source}"
     raise ConfigError(faults, source)
 
 
