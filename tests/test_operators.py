@@ -14,18 +14,7 @@ from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
 
 RELEASED = {1, 2, 3, 4, 6}
-SHAPES = [
-    (7, 5, 3),
-    (8, 8, 4),
-    (5, 9, 12),
-    (3, 4, 8),
-    (16, 6, 6),
-    (6, 16, 6),
-    (10, 10, 10),
-    (13, 29, 4),
-    (1, 1, 2),
-    (31, 7, 14),
-]
+SHAPES = [(7, 5, 3), (5, 9, 12), (3, 4, 8), (16, 6, 6), (6, 16, 6), (10, 10, 10), (13, 29, 4), (1, 1, 2), (31, 7, 14)]
 
 
 def size_for(mora_type: int, size: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
 from relora_mora.optim.groups import make_schedule
-from relora_mora.schedule import Schedule, cosine
+from relora_mora.schedule import Schedule
 from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
 
@@ -25,50 +25,24 @@ REMORA = Schedule(
 )
 
 
-def released_rate(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    restart_every: int,
-    restart_warmup_steps: int,
-    min_ratio: float,
-    offset: int = 0,
-) -> float:
-    """ReLoRA's cosine with restarts (Guitaricet/relora, ``training_utils.py``), as a multiple of the peak rate.
-
-    Every ``restart_every`` steps it drops to zero and rises on a line that meets the cosine ``restart_warmup_steps``
-    later. ``offset`` (ReLoRA's ``adjust_step``) shifts the cosine and the restarts, but not the warmup.
-    """
-
-    def curve(step: int) -> float:
-        return cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio)
-
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    shifted = step + offset
-    since = shifted % restart_every if restart_every else step
-    if restart_every and step >= restart_every and since < restart_warmup_steps:
-        return since / restart_warmup_steps * curve(shifted - since + restart_warmup_steps)
-    return curve(shifted)
-
-
 @needs_shared
-def test_the_released_schedule_is_made_of_the_same_formulas():
+def test_agrees_with_the_released_schedule_unless_that_is_zero():
     settings = json.loads((SHARED / "golden" / "cosine_restarts.json").read_text())
-    assert len(settings) >= 2
-    for setting in settings:
-        for step, expected in setting["points"]:
-            got = released_rate(
-                step,
-                total_steps=setting["num_training_steps"],
-                warmup_steps=setting["warmup_steps"],
-                restart_every=setting["restart_every"],
-                restart_warmup_steps=setting["restart_warmup_steps"],
-                min_ratio=setting["min_lr_ratio"],
-                offset=setting["adjust_step"],
-            )
-            assert got == pytest.approx(expected, rel=0, abs=1e-15), (setting, step)
+    alike = [each for each in settings if not each["adjust_step"]]  # which shifts ReLoRA's cosine
+    assert len(alike) >= 3
+    for setting in alike:
+        schedule = Schedule(
+            kind="cosine",
+            total_steps=setting["num_training_steps"],
+            warmup_steps=setting["warmup_steps"],
+            min_ratio=setting["min_lr_ratio"],
+            merge_every=setting["restart_every"],
+            restart_warmup_steps=setting["restart_warmup_steps"],
+        )
+        points = [(step, expected) for step, expected in setting["points"] if expected]
+        assert len(points) > 25
+        for step, expected in points:
+            assert schedule.rate(step) == pytest.approx(expected, rel=1e-14), (setting, step)
 
 
 @each(
@@ -131,15 +105,6 @@ def test_rates_around_a_merge():
     assert REMORA.rate(21, rewarm=False) == REMORA.envelope(21)
     assert REMORA.rate(100) == pytest.approx(0.1)
     assert all(REMORA.rate(step) > 0 for step in range(1, 101))
-
-
-def test_agrees_with_the_released_schedule_unless_that_is_zero():
-    for step in range(1, 100):
-        table = released_rate(
-            step, total_steps=100, warmup_steps=10, restart_every=20, restart_warmup_steps=5, min_ratio=0.1
-        )
-        if table:
-            assert REMORA.rate(step) == pytest.approx(table, rel=1e-14), step
 
 
 def test_envelopes():

@@ -13,7 +13,6 @@ import yaml
 
 import relora_mora
 from tests.tools.documents import DOCUMENTS, name
-from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
@@ -44,26 +43,6 @@ def test_every_page_is_in_the_navigation_once(hooks: ModuleType) -> None:
     pages = {hooks.page_of(path) for path in hooks.uris(*hooks.PAGES)}
     assert pages >= {name(path) for path in DOCUMENTS}
     assert sorted(nav) == sorted({*pages, "api.md"})
-
-
-@each(
-    "page,target,leads_to",
-    [
-        ("README.md", "docs/data.md#lanes", "docs/data.md#lanes"),
-        ("docs/data.md", "#lanes", "#lanes"),
-        ("docs/data.md", "https://arxiv.org/abs/2405.12130", "https://arxiv.org/abs/2405.12130"),
-        ("docs/data.md", "../examples", "../examples/README.md"),
-        ("docs/data.md", "../examples/loop.py", "../examples/loop.md"),
-        ("docs/data.md", "../relora_mora/schedule.py", f"{REPOSITORY}/blob/HEAD/relora_mora/schedule.py"),
-        ("docs/data.md", "../relora_mora/schedule.py#L10", f"{REPOSITORY}/blob/HEAD/relora_mora/schedule.py#L10"),
-        ("README.md", "relora_mora/engine", f"{REPOSITORY}/tree/HEAD/relora_mora/engine"),
-        ("README.md", "relora_mora/missing.py", "relora_mora/missing.py"),  # MkDocs finds that it is broken
-    ],
-)
-def test_links_lead_to_pages_or_to_the_repository(hooks: ModuleType, page: str, target: str, leads_to: str) -> None:
-    assert hooks.link(page, target, REPOSITORY, PAGES.__contains__) == leads_to
-    unknown = hooks.link(page, target, "", PAGES.__contains__)
-    assert unknown == (None if leads_to.startswith(REPOSITORY) else leads_to)
 
 
 def test_only_links_in_prose_are_rewritten(hooks: ModuleType) -> None:

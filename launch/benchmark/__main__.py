@@ -5,7 +5,7 @@ import sys
 
 from relora_mora.cli.command import run
 from relora_mora.supervise.exits import leave_now
-from relora_mora.system.process import sleep_soon
+from relora_mora.system.process import many_imports
 
 KINDS = ("steps", "layers")
 USAGE = f"""usage: python -m launch.benchmark {" | ".join(KINDS)} ...    (KIND --help lists its arguments)
@@ -25,8 +25,8 @@ def main() -> None:
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
     arguments.remove(kind)
-    sleep_soon()  # as the trainer does
-    module = importlib.import_module(f"launch.benchmark.{kind}")
+    with many_imports():
+        module = importlib.import_module(f"launch.benchmark.{kind}")
     run(module.main, arguments, name=f"python -m launch.benchmark {kind}")
 
 

@@ -1,22 +1,16 @@
-"""Reads a command's arguments with fire, and refuses all bad arguments before the command starts.
+"""Reads a command's arguments: fire splits them into words and flags, pydantic reads the values.
 
-This module changes what fire does by itself:
-
-- fire calls the command and complains about stray arguments afterwards: here it calls a stand-in;
-- fire turns ``1e5`` into a float and ``a,b`` into a tuple: here arguments stay text unless annotated otherwise;
-- fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused;
-- fire shows help in a pager, on stderr: here ``help.py`` makes a text that is printed.
+All faults are found before the command starts, and reported together with those of its settings. Unlike with fire
+alone, arguments stay text unless they are annotated otherwise, a flag without a value is true only if it is a bool, and
+``-``, ``--`` and repeated flags are refused.
 """
 
-import contextlib
 import difflib
-import functools
 import inspect
-import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
@@ -32,27 +26,55 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
     """The values to call ``command`` with; raises ConfigError with all faults of the command line."""
-    words = without_local_rank(argv)
+    arguments = inspect.signature(command).bind_partial()
+    parameters = arguments.signature.parameters
     hints = get_type_hints(command, include_extras=True)
-    given, faults = _with_values(words, get_type_hints(command))
-    _raise([*_faults_of_words(words, name), *_unknown_flags(command, words, name), *faults])
-    arguments = _parsed(command, given, name)
-    values = arguments.arguments
-    for parameter in arguments.signature.parameters.values():
-        if parameter.name in values and parameter.kind is not parameter.VAR_KEYWORD:
-            try:
-                values[parameter.name] = _typed(values[parameter.name], hints.get(parameter.name, str))
-            except ValueError as error:
-                faults.append(f"--{parameter.name}: {error}; see --help")
-    _raise(faults)
-    return arguments
-
-
-def _raise(faults: list[str]) -> None:
+    kinds = {each.kind: each.name for each in parameters.values()}
+    rest, settings = kinds.get(inspect.Parameter.VAR_POSITIONAL), kinds.get(inspect.Parameter.VAR_KEYWORD)
+    own = {key: each for key, each in parameters.items() if key not in (rest, settings)}
+    words = without_local_rank(argv)
+    faults = list(_faults_of_words(words, hints))
+    positional, flags = _split(words, hints)
+    places = [key for key, each in own.items() if each.kind is not each.KEYWORD_ONLY and key not in flags]
+    texts: dict[str, Any] = dict(zip(places, positional, strict=False))
+    if rest is not None:
+        texts[rest] = positional[len(places) :]
+    elif strays := positional[len(places) :]:
+        faults += [f"unknown argument: {word}; see {name} --help" for word in strays]
+    overrides = {}
+    for flag, text in flags.items():
+        if flag in own:
+            texts[flag] = text
+        elif settings is not None and "." in flag:
+            overrides[flag] = text
+        else:
+            near = _nearest(flag, own, takes_settings=settings is not None)
+            faults.append(f"--{flag}: unknown; " + (f"did you mean --{near}?" if near else f"see {name} --help"))
+    required = [key for key, each in own.items() if each.default is each.empty]
+    faults += [f"missing argument: {key}; see {name} --help" for key in required if key not in texts]
+    for key, text in texts.items():
+        try:
+            arguments.arguments[key] = _typed(text, hints.get(key, str))
+        except ValueError as error:
+            faults.append(f"--{key}: {error}; see --help")
+    if settings is not None:
+        arguments.arguments[settings] = overrides
+    if not faults:
+        return arguments
     from relora_mora.config.load import ConfigError
 
-    if faults:
-        raise ConfigError(faults, "the command line")
+    source = "the command line"
+    if settings is not None and set(required) <= arguments.arguments.keys():
+        overrides[""] = ""  # no setting has this name, so the command refuses its settings
+        try:
+            command(*arguments.args, **arguments.kwargs)
+        except ValueError as error:
+            found = getattr(error, "faults", [str(error)])
+            if further := [fault for fault in found if not fault.startswith("--: ")]:
+                faults += further
+                file = getattr(error, "source", source)
+                source = file if source in file else f"{file} and {source}"
+    raise ConfigError(faults, source)
 
 
 def without_local_rank(argv: Iterable[str]) -> list[str]:
@@ -60,96 +82,71 @@ def without_local_rank(argv: Iterable[str]) -> list[str]:
     return [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
 
 
-def _flags(words: list[str]) -> list[str]:
-    """The names of flags; fire reads one dash like two."""
-    return [word.partition("=")[0].lstrip("-") for word in words if re.match("--?[A-Za-z]", word)]
+def _flag(word: str) -> str:
+    """The name of the flag that a word is, or ""; fire reads one dash like two, and dashes in names as underscores."""
+    found = re.match("--?([A-Za-z][^=]*)", word)
+    return found[1].replace("-", "_") if found else ""
 
 
-def _unknown_flags(command: Command, words: list[str], name: str) -> Iterator[str]:
-    parameters = inspect.signature(command).parameters.values()
-    own = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
-    takes_settings = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    for flag in _flags(words):
-        flag = flag.replace("-", "_")
-        if flag in own or (takes_settings and "." in flag):
-            continue
-        near = difflib.get_close_matches(flag, own, n=1)
-        if takes_settings and not near:
-            from relora_mora.config.explain import ELSEWHERE
-            from relora_mora.config.schema import SETTINGS
-
-            keys = {setting.partition(".")[2]: setting for setting in SETTINGS} | ELSEWHERE
-            near = [keys[key] for key in difflib.get_close_matches(flag, keys, n=1)]
-        yield f"--{flag}: unknown; " + (f"did you mean --{near[0]}?" if near else f"see {name} --help")
-
-
-def _faults_of_words(words: list[str], name: str) -> list[str]:
-    from relora_mora.config.secrets import secret_in
-
-    flags = _flags(words)
-    names = [flag.replace("-", "_") for flag in flags]
-    twice = sorted({flag for flag, times in Counter(names).items() if times > 1})
-    deep = [flag for flag in flags if "-" in flag.split(".", 2)[-1] and flag.count(".") > 1]
-    not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
-    faults = [f"{word}: unexpected argument; see {name} --help" for word in words if word in ("-", "--")]
-    faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
-    faults += [f"{word!a}: not UTF-8; check the terminal's locale" for word in not_utf8]
-    faults += [f"--{flag}: given twice; give it once" for flag in twice]
-    faults += [
-        f"--{flag}: names with '-' cannot be set like this; give --{above}='{{{key}: ...}}'"
-        for flag in deep
-        for above, _, key in [flag.rpartition(".")]
-    ]
-    return faults
-
-
-def _with_values(words: list[str], hints: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Gives a flag without a value ``true`` if it is a bool, and refuses others; fire takes the next word, or True."""
-    given, faults = [], []
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-        expected = hints.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
-        if expected is bool and following.lower() not in ("true", "false"):
-            word += "=true"
-        elif expected not in (None, bool) and following.startswith("--"):
-            faults.append(f"{word}: has no value; give it as {word}=VALUE")
-        given.append(word)
-    return given, faults
-
-
-def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:
-    """The arguments by parameter, as text."""
+def _split(words: Sequence[str], hints: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The words that are not flags, and the flags with their values; one without a value is true."""
     import fire
     from fire import decorators
 
-    signature = inspect.signature(command)
-    calls: list[inspect.BoundArguments] = []
+    given = [word for word in words if word not in ("-", "--")]
+    for number, (word, following) in enumerate(itertools.pairwise([*given, "--"])):
+        takes_next = not following.startswith("--")
+        if hints.get(_flag(word)) is bool:
+            takes_next = following.lower() in ("true", "false")
+        if _flag(word) and "=" not in word and not takes_next:
+            given[number] = f"{word}=true"
+    found: list[tuple[tuple[str, ...], dict[str, str]]] = []
+    stand_in = decorators.SetParseFn(str)(lambda *words, **flags: found.append((words, flags)))
+    fire.Fire(stand_in, command=given, serialize=lambda _: None)
+    return found[0]
 
-    @functools.wraps(command)
-    def stand_in(*args: Any, **kwargs: Any) -> None:
-        calls.append(signature.bind(*args, **kwargs))
 
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            fire.Fire(decorators.SetParseFn(str)(stand_in), command=words, name=name, serialize=lambda _: None)
-    except SystemExit:
-        fault = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
-        fault = fault.replace("Could not consume arg:", "unknown argument:")
-        fault = fault.replace("The function received no value for the required argument:", "missing argument:")
-        _raise([f"{fault}; see {name} --help"])
-    return calls[0]
+def _nearest(flag: str, own: Collection[str], *, takes_settings: bool) -> str | None:
+    """The option that was meant, or the setting."""
+    near = difflib.get_close_matches(flag, own, n=1)
+    if near or not takes_settings:
+        return near[0] if near else None
+    from relora_mora.config.explain import ELSEWHERE
+    from relora_mora.config.schema import SETTINGS
+
+    keys = {setting.partition(".")[2]: setting for setting in SETTINGS} | ELSEWHERE
+    return next((keys[key] for key in difflib.get_close_matches(flag, keys, n=1)), None)
+
+
+def _faults_of_words(words: list[str], hints: Mapping[str, Any]) -> Iterator[str]:
+    from relora_mora.config.secrets import secret_in
+
+    times = Counter(_flag(word) for word in words if _flag(word))
+    for word, following in itertools.pairwise([*words, "--"]):
+        flag, (name, has_value, _) = _flag(word), word.partition("=")
+        *above, key = name.split(".", 2)
+        if word in ("-", "--"):
+            yield f"{word}: unexpected argument"
+        if secret := secret_in(word):
+            yield f"{name}: {secret}"
+        if word.encode(errors="ignore").decode() != word:
+            yield f"{word!a}: not UTF-8; check the terminal's locale"
+        if times.pop(flag, 1) > 1:
+            yield f"--{flag}: given twice; give it once"
+        if flag and len(above) == 2 and "-" in key:
+            yield f"{name}: names with '-' cannot be set like this; give {'.'.join(above)}='{{{key}: ...}}'"
+        if not has_value and following.startswith("--") and hints.get(flag, bool) is not bool:
+            yield f"{name}: has no value; give it as {name}=VALUE"
 
 
 def _typed(value: Any, expected: Any) -> Any:
-    """Converts text to the expected type; it is read as YAML, like settings. Defaults from fire stay unchanged."""
+    """Converts text to the expected type; it is read as YAML, like settings."""
     if isinstance(value, tuple):  # the values of *NAMES
         return tuple(_typed(each, expected) for each in value)
     if value == "":
         raise ValueError("empty; give a value")
-    if isinstance(value, str) and (expected is str or str in get_args(expected)):
+    if expected is str or str in get_args(expected):
         return from_home(value)  # a shell expands ~ in `--out ~/a`, but not in `--out=~/a`
-    if not isinstance(value, str):
-        return value
     import yaml
     from pydantic import TypeAdapter, ValidationError
 

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NoReturn
 
 from relora_mora.cli.arguments import read_arguments
@@ -42,15 +42,12 @@ class Interrupts:
             self._pipe = WakeupPipe(self._on_signal, "interrupts")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
-        if self._pipe is None:
-            return
-        if signal.getsignal(signal.SIGINT) == self._handle:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._pipe.close()
+        if self._pipe is not None:
+            if signal.getsignal(signal.SIGINT) == self._handle:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._pipe.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True
@@ -73,17 +70,13 @@ USER_ERROR = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose a place on another disk",
-    errno.EDQUOT: "free some space, or choose a place on another disk",
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "check its permissions, or choose another place",
-    errno.EPERM: "check its permissions, or choose another place",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of this path is not a folder; check the path",
     errno.EISDIR: "a file was expected; check the path",
-    errno.ELOOP: "check the links in this path",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOTEMPTY: "give a new folder, or remove it",
-    errno.EPIPE: "the program that reads the output has ended",
 }
 
 
@@ -157,21 +150,20 @@ def _flush_output() -> None:
 
 def _show(error: Exception) -> None:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    rank_on_host = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # the first rank shows it
-    rank_on_host = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     if getattr(error, "same_on_host", False) and rank_on_host != "0":
         return
-    prefix = "" if rank == "0" else f"[rank {rank}] "
-    if isinstance(error, ModuleNotFoundError):
-        say(prefix + missing_package(error))
-        return
-    from relora_mora.config.secrets import redact
-
     message = str(error)
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        parts = (place_of(error), error.strerror)
-        message = ": ".join(filter(None, parts))
-        if error.errno in _REMEDIES:
-            message = f"{message}; {_REMEDIES[error.errno]}"
-    say(prefix + redact(message))
+    if isinstance(error, ModuleNotFoundError):
+        message = missing_package(error)
+    else:
+        from relora_mora.config.secrets import redact
+
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:
+            parts = (place_of(error), error.strerror)
+            remedy = _REMEDIES.get(error.errno)
+            message = ": ".join(filter(None, parts)) + (f"; {remedy}" if remedy else "")
+        message = redact(message)
+    say(message if rank == "0" else f"[rank {rank}] {message}")

@@ -1,6 +1,6 @@
 """The whole way on one machine without a network: text, tokenizer, ReMoRA pretraining, evaluation, export, a sample.
 
-A second run continues where the first one ended.
+A second run continues from the point at which the first one ended.
 """
 
 import os
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from relora_mora.cli.command import INTERRUPTED, USER_ERROR
+from relora_mora.commands.pretrain import IN_DEMO
 from relora_mora.supervise.exits import LOST, REQUEUE
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import ending_with_me, many_imports, own_command
@@ -20,6 +21,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 DEMO = Path("runs/demo")
 CONFIG = "demo"  # configs/run/demo.yaml
+_AGAIN = f"after `rm -r {DEMO}` it starts again from the beginning"
 
 
 def main(**overrides: str) -> int:
@@ -37,7 +39,7 @@ def main(**overrides: str) -> int:
     """
     from relora_mora.commands.demo_text import write_text
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", IN_DEMO: "1"}
     begin = time.monotonic()
     data, tokenizer, export = (DEMO / name for name in ("data", "tokenizer", "export"))
     run = _checked_run(overrides)
@@ -54,7 +56,8 @@ def main(**overrides: str) -> int:
     step("4/5 export: a plain model with merged adapters", ["export", str(run), str(export)])
     words = ["sample", str(export), "The function returns", "--temperature=0.7", "--max_new_tokens=60"]
     step("5/5 sample: the export continues a text", words)
-    _report(run, time.monotonic() - begin)
+    say(f"done in {time.monotonic() - begin:.0f} s")
+    _report(run)
     return 0
 
 
@@ -96,26 +99,23 @@ def step(title: str, words: list[str]) -> None:
         code = subprocess.run(ending_with_me(["-m", "relora_mora", *words]), check=False).returncode
     finally:
         signal.signal(signal.SIGINT, before)
-    again = f"after `rm -r {DEMO}` it starts again from the beginning"
+    continues = "the same command continues from here; "
     if stops:
-        print(f"stopped; the same command continues from here; {again}", file=sys.stderr)
+        print(f"stopped; {continues}{_AGAIN}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
     if code == USER_ERROR:  # the step has said what is wrong
         raise SystemExit(code)
     if code:
-        continues = "the same command continues from here; " * (code in (LOST, REQUEUE) or code < 0)
-        raise SystemExit(f"this step ended with code {code}; {continues}{again}")
+        remedy = continues + _AGAIN if code in (LOST, REQUEUE) or code < 0 else _AGAIN
+        raise SystemExit(f"this step ended with code {code}; {remedy}")
 
 
-def _report(run: Path, seconds: float) -> None:
+def _report(run: Path) -> None:
     program = own_command()
     lines = read_json_lines(RunFolder(run).metrics)
     tag = "eval/perplexity"
-    evaluations = [f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line]
-    merges = [line["step"] for line in lines if "merge/layers" in line]
-    say(f"done in {seconds:.0f} s")
-    print(f"validation perplexity: {', '.join(evaluations)}")
-    if merges:  # the method may be another one
+    print("validation perplexity:", ", ".join(f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line))
+    if merges := [line["step"] for line in lines if "merge/layers" in line]:  # the method may be another one
         print(f"{len(merges)} merges, after steps {merges[0]} to {merges[-1]}")
     print(f"""
 Look at the curves:       {program} board {run}

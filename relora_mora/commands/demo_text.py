@@ -31,29 +31,22 @@ _COMMON_WORD = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-Document = tuple[str, str]  # where it is from, and its text
+Document = tuple[str, str]  # the file or topic that it is from, and its text
 
 
 def write_text(out: Path) -> str:
     """Writes the shards, unless they are there, and says so."""
     if out.is_dir():
         return f"{out} already exists"
-    paths = sysconfig.get_paths()
-    roots = sorted({Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")})
-    with new_folder(out) as folder:
-        counts = write(chain(python_reference(), docstrings(*roots)), folder)
-    return f"{out}: {' and '.join(f'{number:,} {side} documents' for side, number in counts.items())}"
-
-
-def python_reference() -> Iterator[Document]:
-    """The language reference that comes with Python, one document per topic."""
     from pydoc_data.topics import topics
 
-    for name, text in topics.items():
-        if kept := _prose_of(text):
-            yield f"python://pydoc_data/topics#{name}", kept
+    paths = sysconfig.get_paths()
+    roots = sorted({Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")})
+    reference = ((f"python://pydoc_data/topics#{name}", text) for name, text in topics.items())
+    with new_folder(out) as folder:
+        counts = write(chain(reference, docstrings(*roots)), folder)
+    return f"{out}: {' and '.join(f'{number:,} {side} documents' for side, number in counts.items())}"
 
 
 def docstrings(*roots: Path) -> Iterator[Document]:
@@ -63,7 +56,7 @@ def docstrings(*roots: Path) -> Iterator[Document]:
     """
     modules = {file.relative_to(root).as_posix(): file for root in roots for file in _modules(root)}
     for name in sorted(modules, key=_digest):
-        yield from ((f"python://{name}", kept) for text in _docstrings_of(modules[name]) if (kept := _prose_of(text)))
+        yield from ((f"python://{name}", text) for text in _docstrings_of(modules[name]))
 
 
 def _modules(root: Path) -> Iterator[Path]:
@@ -87,27 +80,18 @@ def _docstrings_of(file: Path) -> list[str]:
 
 
 def _docstrings_below(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
-        yield text
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node) or ""
     for inner in ast.iter_child_nodes(node):
         if isinstance(inner, ast.stmt):
             yield from _docstrings_below(inner)
 
 
-def _prose_of(docstring: str) -> str | None:
-    """What is left of a docstring, if it is long enough, mostly letters, and English."""
-    cleaned = prose(docstring)
-    words = _WORD.findall(cleaned)
-    marks = len(cleaned) - cleaned.count(" ") - cleaned.count("\n")
-    has_letters = sum(map(len, words)) >= 0.75 * marks
-    # unlike tables and signatures, English has function words
-    is_english = len(_COMMON_WORD.findall(cleaned)) >= 0.15 * len(words)
-    is_prose = len(cleaned) >= MIN_CHARACTERS and has_letters and is_english
-    return cleaned.encode("utf-8", "replace").decode() if is_prose else None
-
-
 def prose(text: str) -> str:
-    """A docstring without doctests and their output, without fenced code, and without consecutive blank lines."""
+    """A docstring without doctests and their output, without fenced code, and without consecutive blank lines.
+
+    Empty if what is left is short, or mostly not letters, or not English.
+    """
     kept: list[str] = []
     fenced = example = False
     for line in text.expandtabs().splitlines():
@@ -120,34 +104,38 @@ def prose(text: str) -> str:
         if fenced or example or (not stripped and (not kept or not kept[-1])):
             continue
         kept.append(line.rstrip())
-    return "\n".join(kept).strip()
+    cleaned = "\n".join(kept).strip()
+    words = _WORD.findall(cleaned)
+    has_letters = sum(map(len, words)) >= 0.75 * len("".join(cleaned.split()))
+    # unlike tables and signatures, English has function words
+    is_english = len(_COMMON_WORD.findall(cleaned)) >= 0.15 * len(words)
+    return cleaned if len(cleaned) >= MIN_CHARACTERS and has_letters and is_english else ""
 
 
 def write(documents: Iterable[Document], out: Path, max_bytes: int = MAX_BYTES) -> dict[str, int]:
-    """Writes the shards into a folder; returns the numbers of documents.
+    """Writes the prose of documents to shards in a folder; returns the numbers of documents.
 
     Exact duplicates are dropped. A hash of the name of a file, or topic, decides whether its texts are for training or
     validation.
     Documents are distributed to the shards in turn.
     """
-    texts: set[str] = set()
-    sides: dict[str, list[str]] = {side: [] for side in SHARDS}
+    sides: dict[str, dict[str, None]] = {side: {} for side in SHARDS}
     total = 0
     with Bar("collecting text", "byte") as bar:
         for source, text in documents:
-            size = len(text.encode())
-            if total + size > max_bytes:
+            cleaned = prose(text).encode("utf-8", "replace").decode()
+            if not cleaned or any(cleaned in chosen for chosen in sides.values()):
+                continue
+            total += len(cleaned.encode())
+            if total > max_bytes:
                 break
-            if text not in texts:
-                texts.add(text)
-                total += size
-                bar.update(total, max_bytes)
-                held_out = int.from_bytes(_digest(source)[:8]) < VALIDATION_FRACTION * 2**64
-                sides["validation" if held_out else "train"].append(text)
+            bar.update(total, max_bytes)
+            held_out = int.from_bytes(_digest(source)[:8]) < VALIDATION_FRACTION * 2**64
+            sides["validation" if held_out else "train"][cleaned] = None
     for side, chosen in sides.items():
         (out / side).mkdir(parents=True)
         for shard in range(SHARDS[side]):
-            lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen[shard :: SHARDS[side]])
+            lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in [*chosen][shard :: SHARDS[side]])
             file = out / side / f"demo-{side}.{shard:05}-of-{SHARDS[side]:05}.json.gz"
             file.write_bytes(gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0))
     return {side: len(chosen) for side, chosen in sides.items()}

@@ -61,19 +61,18 @@ def main(
     Example:
         relora-mora evaluate runs/demo/run --data='runs/demo/data/validation/*.json.gz'
     """
-    from relora_mora.config.data_flags import SCORING, check_names, parse_typed, read_data
+    from relora_mora.config.data_flags import SCORING, parse_typed, read_data
 
-    check_names(overrides, SCORING)
+    sources = None if data is None else parse_typed(data, "--data")
+    # parts of data.records may override the run's own settings, which are not known before the run is read
+    early = {name: value for name, value in overrides.items() if not name.startswith("data.records.")}
+    read_data({"train": "none", "validation": "none" if sources is None else sources}, early, SCORING)
     task_options: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
     text_options = {"data": data, "max_tokens": max_tokens, **overrides}
     unused = [name for name, value in (task_options if tasks is None else text_options).items() if value is not None]
     if unused:
         reason = "only used with --tasks" if tasks is None else "only used for text, and --tasks scores no text"
         raise ValueError(f"--{unused[0]}: {reason}; leave it out")
-    sources = None if data is None else parse_typed(data, "--data")
-    # mistakes are reported at once; parts of data.records may override the run's own settings, which are not known yet
-    early = {name: value for name, value in overrides.items() if not name.startswith("data.records.")}
-    read_data({"train": "none", "validation": "none" if sources is None else sources}, early, SCORING)
     with many_imports():  # takes seconds, so arguments are checked first
         import torch
 

@@ -1,5 +1,6 @@
 """Pretrains a model. It is also what the commands that train share, from their settings to their exit code."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -9,6 +10,8 @@ from relora_mora.system.process import many_imports, say
 
 if TYPE_CHECKING:
     from relora_mora.config.schema import Config
+
+IN_DEMO = "RELORA_MORA_IN_DEMO"  # the run is one step of several, and names no next commands
 
 
 def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
@@ -57,11 +60,12 @@ def train(
     with many_imports():  # takes seconds, so settings are checked first
         from relora_mora.distributed.join import JoinError
         from relora_mora.engine.merging import MergeError
+        from relora_mora.train.log.progress import next_commands
         from relora_mora.train.pretrain import pretrain
         from relora_mora.train.state.run_state import TrainingError
 
     try:
-        return pretrain(settings, guard)
+        code = pretrain(settings, guard)
     except (MergeError, TrainingError) as error:
         if rank == 0:
             say(f"the run ended: {error}")
@@ -69,6 +73,9 @@ def train(
     except JoinError as error:
         say(f"the run ended: {error}")
         return LOST
+    if code == 0 and rank == 0 and IN_DEMO not in os.environ:
+        say(next_commands(settings.train.run_dir))
+    return code
 
 
 def _show(config: "Config", count: int) -> int:

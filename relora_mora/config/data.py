@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
 
-from relora_mora.config.types import LARGEST, LONGEST_SECONDS, Fraction, Free, OfText, Positive, Seed, Strict, Text
+from relora_mora.config.types import LARGEST, FilePath, Fraction, Free, OfText, Positive, Seconds, Seed, Strict, Text
 
 Kind = Literal["messages", "alpaca", "sharegpt", "prompt", "question", "text"]
 Score = Literal["answers", "all"]
@@ -34,15 +34,16 @@ CONVERSATIONS: tuple[Kind, ...] = ("messages", "sharegpt")  # kinds that a chat 
 
 
 class RecordsConfig(Strict):
-    kind: Kind = Field(description="what a row holds: see docs/data.md")
-    columns: dict[Text, Text] = Field({}, description="key or column of each field whose name differs from the field's")
-    template: Text | None = Field(
-        None, description="chat template of conversations: chatml or a .jinja file; null: the tokenizer's"
-    )
-    score: Score = Field("answers", description="which tokens count in the loss; in plain text all do")
-    too_long: TooLong = Field(
-        "cut", description="for a record longer than a sequence: cut its end off, or drop the record"
-    )
+    kind: Kind
+    """what a row holds: see docs/data.md"""
+    columns: dict[Text, Text] = Field({})
+    """key or column of each field whose name differs from the field's"""
+    template: FilePath | None = None
+    """chat template of conversations: chatml or a .jinja file; null: the tokenizer's"""
+    score: Score = "answers"
+    """which tokens count in the loss; in plain text all do"""
+    too_long: TooLong = "cut"
+    """for a record longer than a sequence: cut its end off, or drop the record"""
 
     def __hash__(self) -> int:  # a dict such as columns has no hash
         return hash(self.model_dump_json())
@@ -78,19 +79,24 @@ Weight = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 class TextSource(Strict):
     """A source of text with settings of its own."""
 
-    source: Text = Field(
-        description="a named set, hub:REPO/PATTERN, a url (http(s)://, s3:// and others), a local path or glob"
-    )
-    config: Text | None = Field(None, description="configuration of a named set; null: its default")
-    split: Text | None = Field(None, description="split of a named set; null: train or validation, as the setting")
-    revision: Text | None = Field(None, description="revision of a source on the hub; null: data.revision")
-    data_files: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="pattern or patterns of the files to read from a named set; null: the files of the split"
-    )
-    text_column: Text | None = Field(None, description="key or column of its text; null: data.text_column")
-    records: RecordsConfig | None = Field(None, description="what its rows hold; null: data.records")
-    name: Name | None = Field(None, description="name in metrics; null: the last part of source")
-    weight: Weight = Field(1.0, description="share of the tokens, relative to the mixture's other weights")
+    source: Text
+    """a named set, hub:REPO/PATTERN, a url (http(s)://, s3:// and others), a local path or glob"""
+    config: Text | None = None
+    """configuration of a named set; null: its default"""
+    split: Text | None = None
+    """split of a named set; null: train or validation, as the setting"""
+    revision: Text | None = None
+    """revision of a source on the hub; null: data.revision"""
+    data_files: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    """pattern or patterns of the files to read from a named set; null: the files of the split"""
+    text_column: Text | None = None
+    """key or column of its text; null: data.text_column"""
+    records: RecordsConfig | None = None
+    """what its rows hold; null: data.records"""
+    name: Name | None = None
+    """name in metrics; null: the last part of source"""
+    weight: Weight = 1.0
+    """share of the tokens, relative to the mixture's other weights"""
 
     @property
     def label(self) -> str:
@@ -106,8 +112,10 @@ class TextSource(Strict):
 class MixtureStage(Strict):
     """Weights that a mixture has from some step on."""
 
-    from_step: Positive = Field(description="the first optimizer step with these weights; steps count from 1")
-    weights: dict[Name, Weight] = Field(min_length=1, description="the weight of every source in data.train, by name")
+    from_step: Positive
+    """the first optimizer step with these weights; steps count from 1"""
+    weights: dict[Name, Weight] = Field(min_length=1)
+    """the weight of every source in data.train, by name"""
 
 
 def _as_records(value: Any) -> Any:
@@ -191,62 +199,47 @@ class DataConfig(Strict):
     unless ``concatenate`` makes it one text; see docs/data.md.
     """
 
-    train: OfText[Sources] = Field(description="source or sources of training text; records are mixed by their weights")
-    concatenate: bool = Field(
-        False, description="read a list of records as one text, each source once per epoch, instead of mixing by weight"
-    )
-    stages: list[MixtureStage] = Field([], description="new weights for the mixture, from given steps on")
-    validation: Free[Sets] = Field(
-        description="source or sources of held-out text, or several held-out sets by name, each scored separately"
-    )
-    revision: OfText[Text] = Field(
-        "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
-    )
-    commits: OfText[dict[AtRevision, Commit]] = Field(
-        {}, description="the commit of each revision, as REPO@REVISION: COMMIT; a run records here what it has read"
-    )
-    text_column: OfText[Text] = Field(
-        "text", description="key of a JSON line, or column, that holds the text, for sources that do not set their own"
-    )
-    records: OfText[RecordsConfig | None] = Field(
-        None, description="what rows hold, for sources that do not set their own; null: plain text"
-    )
-    packing: OfText[Packing | None] = Field(
-        None,
-        description="stream: rows follow each other and are cut at the end of a sequence; whole: several whole rows "
-        "per sequence; none: one row per sequence; null: stream for text, whole for records",
-    )
-    sample_by: OfText[SampleBy] = Field(
-        "paragraph",
-        description="what one document of a .txt file is: a line, a paragraph (between blank lines) or the whole file",
-    )
-    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
-        512, description="tokens per sequence that the model sees"
-    )
-    lanes: Annotated[int, Field(ge=1, le=65536)] | None = Field(
-        None, description="independent data streams; null: the largest power of two <= 64 dividing train.batch_size"
-    )
-    workers: Free[Annotated[int, Field(ge=0, le=1024)]] = Field(
-        1, description="tokenizing worker processes per rank; 0: tokenize in the training process"
-    )
-    prefetch_batches: Free[Annotated[int, Field(ge=1, le=10000)]] = Field(
-        4, description="global batches that each worker prepares in advance"
-    )
-    shuffle_documents: Positive = Field(
-        1024, description="documents per shuffled block of a lane; 1: keep the shard's order"
-    )
-    seed: Seed = Field(0, description="seed of the order of shards and documents")
-    document_mask: bool = Field(False, description="keep attention within each document of a sequence")
-    max_line_bytes: Positive = Field(
-        16 * 1024 * 1024, description="a longer line, document or row of text counts as bad and is skipped"
-    )
-    max_bad_fraction: Free[Fraction] = Field(
-        0.01,
-        description="stop if a larger fraction of a shard's lines or rows is bad; fewer than 1,000 count as 1,000",
-    )
-    timeout_seconds: Free[Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]] = Field(
-        600.0, description="give up on a source that has failed for this long"
-    )
+    train: OfText[Sources]
+    """source or sources of training text; records are mixed by their weights"""
+    concatenate: bool = False
+    """read a list of records as one text, each source once per epoch, instead of mixing by weight"""
+    stages: list[MixtureStage] = Field([])
+    """new weights for the mixture, from given steps on"""
+    validation: Free[Sets]
+    """source or sources of held-out text, or several held-out sets by name, each scored separately"""
+    revision: OfText[Text] = "main"
+    """revision of hub sources; resolved once to a commit, which is part of the fingerprint"""
+    commits: OfText[dict[AtRevision, Commit]] = Field({})
+    """the commit of each revision, as REPO@REVISION: COMMIT; a run records here what it has read"""
+    text_column: OfText[Text] = "text"
+    """key of a JSON line, or column, that holds the text, for sources that do not set their own"""
+    records: OfText[RecordsConfig | None] = None
+    """what rows hold, for sources that do not set their own; null: plain text"""
+    packing: OfText[Packing | None] = None
+    """stream: rows follow each other and are cut at the end of a sequence; whole: several whole rows per sequence;
+    none: one row per sequence; null: stream for text, whole for records"""
+    sample_by: OfText[SampleBy] = "paragraph"
+    """what one document of a .txt file is: a line, a paragraph (between blank lines) or the whole file"""
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST)] = 512
+    """tokens per sequence that the model sees"""
+    lanes: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """independent data streams; null: the largest power of two <= 64 dividing train.batch_size"""
+    workers: Free[Annotated[int, Field(ge=0, le=1024)]] = 1
+    """tokenizing worker processes per rank; 0: tokenize in the training process"""
+    prefetch_batches: Free[Annotated[int, Field(ge=1, le=10000)]] = 4
+    """global batches that each worker prepares in advance"""
+    shuffle_documents: Positive = 1024
+    """documents per shuffled block of a lane; 1: keep the shard's order"""
+    seed: Seed = 0
+    """seed of the order of shards and documents"""
+    document_mask: bool = False
+    """keep attention within each document of a sequence"""
+    max_line_bytes: Positive = 16 * 1024 * 1024
+    """a longer line, document or row of text counts as bad and is skipped"""
+    max_bad_fraction: Free[Fraction] = 0.01
+    """stop if a larger fraction of a shard's lines or rows is bad; fewer than 1,000 count as 1,000"""
+    timeout_seconds: Free[Seconds] = 600.0
+    """give up on a source that has failed for this long"""
 
     @property
     def is_mixture(self) -> bool:
@@ -261,9 +254,6 @@ class DataConfig(Strict):
         """How rows with these contents are packed into sequences."""
         is_text = all(each is None or each.is_text for each in records)
         return self.packing or ("stream" if is_text else "whole")
-
-    def packing_of_source(self, source: TextSource) -> Packing:
-        return self.packing_of([self.records_of(source)])
 
     def has_whole_answers(self, records: RecordsConfig | None) -> bool:
         """Whether only the answers in these rows are scored, and none is cut at the end of a sequence."""

@@ -6,12 +6,13 @@ from typing import Any
 import yaml
 
 from relora_mora.config.data import DataConfig
-from relora_mora.config.load import ConfigError, put_overrides, validate
+from relora_mora.config.load import ConfigError, validate, with_overrides
 from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 
 # the settings of data that these commands take
 READING = frozenset({"revision", "text_column", "sample_by", "max_line_bytes", "max_bad_fraction", "timeout_seconds"})
 SCORING = READING | {"records", "packing", "sequence_length", "document_mask"}
+_OTHERS = {"model": {"config": "none"}, "tokenizer": {"path": "none"}, "train": {"run_dir": "none"}}
 
 
 def read_data(settings: Mapping[str, Any], overrides: Mapping[str, str], names: Set[str]) -> DataConfig:
@@ -19,22 +20,24 @@ def read_data(settings: Mapping[str, Any], overrides: Mapping[str, str], names: 
 
     Raises :class:`ConfigError`.
     """
-    check_names(overrides, names)
-    tree = {"data": dict(settings), "model": {"config": "none"}, "tokenizer": {"path": "none"}}
-    faults = put_overrides(tree, overrides)
-    return validate({**tree, "train": {"run_dir": "none"}}, "the command line", faults).data
+    known = {name: text for name, text in overrides.items() if not _unused({name: text}, names)}
+    tree, faults = with_overrides({"data": dict(settings), **_OTHERS}, known)
+    return validate(tree, "the command line", [*_unused(overrides, names), *faults]).data
 
 
 def check_names(overrides: Mapping[str, str], names: Set[str]) -> None:
     """Raises :class:`ConfigError` for settings other than the ``names`` of section ``data``."""
-    faults = [
+    if faults := _unused(overrides, names):
+        raise ConfigError(faults, "the command line")
+
+
+def _unused(overrides: Mapping[str, str], names: Set[str]) -> list[str]:
+    return [
         f"--{name}: unknown, or not used by this command; see --help. It uses: "
         + ", ".join(f"data.{each}" for each in sorted(names))
         for name in overrides
         if not name.startswith("data.") or name.split(".")[1] not in names
     ]
-    if faults:
-        raise ConfigError(faults, "the command line")
 
 
 def parse_typed(text: str, flag: str) -> Any:

@@ -2,15 +2,18 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+from typing_extensions import is_typeddict
 
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
 
 Location = tuple[int | str, ...]
+REQUIRED = {"model": {}, "data": {"train": "?", "validation": "?"}, "train": {"run_dir": "?"}}  # with a placeholder
 # what other trainers call these settings
 ELSEWHERE = {
     "output_dir": "train.run_dir",
@@ -42,10 +45,9 @@ def doubtful(error: ValidationError) -> set[str]:
     """
     names = set()
     for item in error.errors():
-        location = item["loc"][:2]
-        name = ".".join(map(str, location))
-        near = _nearest(location) if item["type"] == "extra_forbidden" else None
-        names.add(name if near is None else near if "." in near else ".".join([*name.split(".")[:-1], near]))
+        *above, key = map(str, item["loc"][:2])
+        near = _nearest(item["loc"][:2]) if item["type"] == "extra_forbidden" else None
+        names.add(near if near and "." in near else ".".join([*above, near or key]))
     return names
 
 
@@ -54,35 +56,23 @@ def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Conf
 
     None if that is not possible.
     """
-    pruned: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-    for item in error.errors():
-        section, *rest = item["loc"]
-        inside = pruned.get(str(section))
-        if rest and isinstance(inside, dict):
-            inside.pop(str(rest[0]), None)
-        else:
-            pruned.pop(str(section), None)
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
-        inside = pruned.setdefault(section, {})
-        if isinstance(inside, dict):
-            inside.update(
-                {key: "?" for key, inner in model.model_fields.items() if inner.is_required() and key not in inside}
-            )
+    wrong = {tuple(map(str, item["loc"][:2])) for item in error.errors()}
+    pruned = {
+        section: {key: value for key, value in values.items() if (section, key) not in wrong}
+        for section, values in tree.items()
+        if isinstance(values, dict) and (section,) not in wrong
+    }
     try:
-        return Config.model_validate(pruned)
+        return Config.model_validate(pruned | {name: given | pruned.get(name, {}) for name, given in REQUIRED.items()})
     except ValidationError:
         return None
 
 
 def _explain(items: list[ErrorDetails]) -> str:
-    location = items[0]["loc"]
-    kind = items[0]["type"]
+    location, kind = items[0]["loc"], items[0]["type"]
     if kind == "extra_forbidden":
         near = _nearest(location)
-        known = _fields_at(location)
-        return "unknown" + (f"; did you mean {near}?" if near else f"; known here: {', '.join(known)}" if known else "")
+        return "unknown; " + (f"did you mean {near}?" if near else f"known here: {', '.join(_fields_at(location))}")
     if kind == "missing":
         return f"must be given{_description(location)}"
     shown = redact(repr(items[0]["input"]))  # before it is cut, because a piece of a token would not be recognized
@@ -106,8 +96,8 @@ def _expected(item: ErrorDetails) -> str:
 def _setting(location: Location) -> str:
     """The dotted name of a setting, without the name of a set that has none and without the members of a union."""
     field = _fields_at(location[:2]).get(str(location[:2][-1]))
-    holds_records = field is not None and model_in(field.annotation) is not None
-    parts = [part for part in location[2:] if isinstance(part, int) or (holds_records and part not in ("", "[key]"))]
+    has_parts = field is not None and _fields_in(field.annotation)
+    parts = [part for part in location[2:] if isinstance(part, int) or (has_parts and part not in ("", "[key]"))]
     return ".".join(map(str, [*location[:2], *parts]))
 
 
@@ -118,13 +108,21 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(model_in, get_args(annotation))), None)
 
 
-def _fields_at(location: Location) -> dict[str, Any]:
+def _fields_in(annotation: Any) -> dict[str, FieldInfo]:
+    if is_typeddict(annotation):
+        hints = get_type_hints(annotation, include_extras=True)
+        return {name: FieldInfo.from_annotation(hint) for name, hint in hints.items()}
+    model = model_in(annotation)
+    return {} if model is None else dict(model.model_fields)
+
+
+def _fields_at(location: Location) -> dict[str, FieldInfo]:
     """The valid names at the level of a location's last part, with their fields."""
-    model: type[BaseModel] = Config
+    fields = dict(Config.model_fields)
     for part in location[:-1]:  # numbers and names of sets are not fields
-        field = model.model_fields.get(str(part))
-        model = (None if field is None else model_in(field.annotation)) or model
-    return dict(model.model_fields)
+        field = fields.get(str(part))
+        fields = (field and _fields_in(field.annotation)) or fields
+    return fields
 
 
 def _nearest(location: Location) -> str | None:
@@ -135,9 +133,6 @@ def _nearest(location: Location) -> str | None:
 
 
 def _description(location: Location) -> str:
-    for length in (len(location), 2, 1):
-        if len(location) >= length:
-            field = _fields_at(location[:length]).get(str(location[length - 1]))
-            if field is not None and field.description:
-                return f" ({field.description})"
-    return ""
+    """What the setting means, or else what the one that holds it means."""
+    found = (_fields_at(location[:length]).get(str(location[length - 1])) for length in range(len(location), 0, -1))
+    return next((f" ({field.description})" for field in found if field and field.description), "")

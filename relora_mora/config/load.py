@@ -1,7 +1,6 @@
 """Reads a run's settings: defaults, YAML file, then ``--section.key=value``. All faults are reported together."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,13 @@ from pydantic import ValidationError
 
 from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
-from relora_mora.config.data import CHATML
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
-from relora_mora.config.registry import METHODS, is_own, settings_of_others, split_rule
+from relora_mora.config.registry import METHODS, settings_of_others
 from relora_mora.config.removed import removed_faults, without, without_old_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
-from relora_mora.config.shipped import MODELS, exists, find_config, nearest, shipped_files, with_names
+from relora_mora.config.shipped import MODELS, find_config, nearest, shipped_files, with_names
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
-from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
 
 # rank, operator 6, lr, warmup, batch size and epochs come from the release's mathematics run (github.com/kongds/MoRA)
@@ -35,31 +32,6 @@ FINETUNING: dict[str, dict[str, Any]] = {
     "optim": {"lr": 3e-4, "warmup_fraction": 0.03},
     "train": {"epochs": 3, "batch_size": 128},
 }
-
-
-def with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A tree of settings, with defaults for those that it lacks.
-
-    A default is left out if the tree gives the same in another way (steps for epochs), or if the tree's method does not
-    use it.
-    """
-    section_method = tree.get("method")
-    method = METHODS.get(str(section_method.get("name"))) if isinstance(section_method, dict) else None
-    unused = settings_of_others(METHODS, method)
-    result = dict(tree)
-    for section, values in defaults.items():
-        own = tree.get(section) or {}
-        if not isinstance(own, dict):
-            continue  # a fault, which is reported later
-        alternatives = lengths.ALTERNATIVES.get(section, ())
-        has_length = any(own.get(key) is not None for key in alternatives)
-        added = {
-            key: value
-            for key, value in values.items()
-            if f"{section}.{key}" not in unused and not (has_length and key in alternatives)
-        }
-        result[section] = {**added, **own}
-    return result
 
 
 class ConfigError(ValueError):
@@ -99,10 +71,8 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as stream:
             tree = parse_yaml(stream.read(MOST_CHARACTERS + 1))
-        if tree is None:
-            return {}
-        if isinstance(tree, dict):
-            return tree
+        if tree is None or isinstance(tree, dict):
+            return tree or {}
         fault = f"it holds a {type(tree).__name__}, expected names and values, such as `train:`"
     except OSError as error:
         if str(path) in shipped_files(MODELS):
@@ -128,12 +98,9 @@ def config_of(
 ) -> Config:
     """Like :func:`load_config`, for a file that has been read."""
     path = find_config(path)
-    tree = dict(tree)
-    override_faults = put_overrides(tree, overrides or {})
-    tree = lengths.without_replaced(tree, set(overrides or {}))
-    tree = with_defaults(tree, defaults or {})
+    tree, found = with_overrides(tree, overrides or {})
     source = f"{path} and the command line" if overrides else str(path)
-    return validate(_with_paths(tree, path.parent), source, override_faults, world_size)
+    return validate(with_defaults(tree, defaults or {}), source, found, world_size, path.parent)
 
 
 def relative_to(path: Path) -> str:
@@ -142,9 +109,13 @@ def relative_to(path: Path) -> str:
 
 
 def validate(
-    tree: Mapping[str, Any], source: str, found: list[str] | None = None, world_size: int | None = None
+    tree: Mapping[str, Any],
+    source: str,
+    found: list[str] | None = None,
+    world_size: int | None = None,
+    folder: Path | None = None,
 ) -> Config:
-    """The settings of a parsed tree.
+    """The settings of a parsed tree, whose paths may be relative to ``folder``.
 
     Raises :class:`ConfigError` with the faults already ``found`` and all others.
     """
@@ -160,20 +131,18 @@ def validate(
     config: Config | None
     tree = lengths.without_nulls(without(tree, removed))
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(tree, context={"folder": folder})
     except ValidationError as error:
         found.extend(explain(error))
         unknown |= doubtful(error)
         config = substitute_defaults(tree, error)
-    if config is not None:
-        config = lengths.with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that involves a setting with a wrong value would be about its default, which nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):
             found.append(str(fault))
     if found or config is None:
         raise ConfigError(found, source)
-    return lengths.settled(config)
+    return lengths.with_steps(config)
 
 
 def stored_config(tree: Mapping[str, Any], source: str) -> Config:
@@ -187,7 +156,7 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(list(explain(error)), source) from None
+        raise ConfigError(explain(error), source) from None
 
 
 def dump(config: Config) -> str:
@@ -195,68 +164,60 @@ def dump(config: Config) -> str:
     return dump_yaml(lengths.tree_of(config))
 
 
-def put_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[str]:
-    """Puts ``section.key`` of the command line into a tree of settings; returns the faults."""
-    # a whole section or set comes before its parts
-    ordered = sorted(overrides.items(), key=lambda override: override[0].count("."))
-    return list(filter(None, [_override(tree, name, text) for name, text in ordered]))
+def with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A tree of settings, with defaults for those that it lacks and that its method uses."""
+    section = tree.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    unused = settings_of_others(METHODS.get(str(name)))
+    result = dict(tree)
+    for section, values in defaults.items():
+        own = tree.get(section) or {}
+        if isinstance(own, dict):  # else it is a fault, which is reported later
+            used = {key: value for key, value in values.items() if f"{section}.{key}" not in unused}
+            result[section] = lengths.over(section, used, own)
+    return result
 
 
-def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
-    """Puts one override into the tree; returns its fault, if any."""
-    section, *keys = name.split(".")
-    if not keys or not all(keys):
-        return f"--{name}: not a setting; settings have the form --section.key=value, e.g. --train.steps=100"
+def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """A tree of settings with ``section.key`` of the command line, and the faults of these."""
+    result = dict(tree)
+    faults = []
+    for name in sorted(overrides, key=lambda name: name.count(".")):  # a whole setting comes before its parts
+        try:
+            _put(result, name, _parsed(name, overrides[name]))
+        except ValueError as error:
+            faults.append(f"--{name}{error}")
+    for section, names in lengths.ALTERNATIVES.items():
+        values = result.get(section)
+        if isinstance(values, dict):
+            given = {name: values[name] for name in names if f"{section}.{name}" in overrides and name in values}
+            result[section] = lengths.over(section, values, given)
+    return result, faults
+
+
+def _parsed(name: str, text: str) -> Any:
+    """The value of an override. Plain text is taken as typed, although YAML cuts it at `` #``."""
     if text == "":
-        return f"--{name}: empty; give a value, or null"
+        raise ValueError(": empty; give a value, or null")
     try:
-        value = parse_yaml(text) if isinstance(text, str) else text
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        return (
-            f"--{name}={text}: not YAML: {explain_yaml(error)}; give text with special characters as --{name}='\"...\"'"
-        )
-    plain = re.sub(r"^[!&]\S*\s+", "", text.strip()) if isinstance(value, str) else ""  # without a tag or an anchor
-    if " #" in plain and value != plain and plain[0] not in "'\"|>":  # not quoted and not a block
-        return f"--{name}={text}: in YAML, ' #' begins a comment; give such text as --{name}='\"...\"'"
+        remedy = f"give text with special characters as --{name}='\"...\"'"
+        raise ValueError(f"={text}: not YAML: {explain_yaml(error)}; {remedy}") from None
+    is_plain = isinstance(value, str) and text.strip().startswith(value)
+    return text.strip() if is_plain else value
+
+
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    *parents, key = name.split(".")
+    if not (parents and key and all(parents)):
+        raise ValueError(": not a setting; settings have the form --section.key=value, e.g. --train.steps=100")
     node = tree
-    parents = [section, *keys[:-1]]
-    for depth, key in enumerate(parents, start=1):
-        inner = node.get(key)
+    for depth, parent in enumerate(parents, start=1):
+        inner = node.get(parent)
         if inner is not None and not isinstance(inner, dict):
             whole = ".".join(parents[:depth])
-            return f"--{name}: {whole} is {inner!r} in the file, so it has no keys; set --{whole} as a whole"
-        node[key] = dict(inner or {})  # a copy, because an alias elsewhere in the file may refer to the same dict
-        node = node[key]
-    node[keys[-1]] = value
-    return None
-
-
-def _with_paths(tree: Any, folder: Path) -> Any:
-    """Paths below the home folder, and those that exist only relative to the settings file, as they can be opened."""
-
-    def resolve(value: str) -> str:
-        value = from_home(value)
-        return str(folder / value) if not exists(Path(value)) and exists(folder / value) else value
-
-    def resolve_rule(value: str) -> str:
-        place, name = split_rule(value)
-        return f"{resolve(place)}:{name}" if is_own(value) and place.endswith(".py") else value
-
-    changes: dict[str, Callable[[str], str]] = {
-        "model.config": lambda value: str(find_config(resolve(value), MODELS)),
-        "optim.matrices": resolve_rule,
-        "tokenizer.path": resolve,
-        **dict.fromkeys(("model.init_from", "model.adapter", "train.run_dir", "train.resume"), from_home),
-    }
-
-    def changed(value: Any, name: str) -> Any:
-        if isinstance(value, dict):
-            return {key: changed(inner, f"{name}.{key}".removeprefix(".")) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [changed(inner, name) for inner in value]
-        if not isinstance(value, str) or not value or "\0" in value:  # a fault, which is reported later
-            return value
-        is_template = name.startswith("data.") and name.endswith("records.template") and value != CHATML
-        return (resolve if is_template else changes.get(name, str))(value)
-
-    return changed(tree, "")
+            raise ValueError(f": {whole} is {inner!r} in the file, so it has no keys; set --{whole} as a whole")
+        node[parent] = dict(inner or {})  # a copy, because an alias elsewhere in the file may refer to the same dict
+        node = node[parent]
+    node[key] = value

@@ -2,11 +2,19 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, OTHERS, MatrixOptimizer, ScheduleKind, is_own, optimizer_of
-from relora_mora.config.types import Decay, Fixed, Fraction, NotNegative, Positive, Rate, Strict, Text
+from relora_mora.config.registry import (
+    MATRIX_OPTIMIZERS,
+    OTHERS,
+    MatrixOptimizer,
+    ScheduleKind,
+    is_own,
+    optimizer_of,
+    split_rule,
+)
+from relora_mora.config.types import Decay, Fixed, Fraction, NotNegative, Positive, Rate, Strict, Text, find_path
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str
@@ -16,10 +24,11 @@ else:  # a type checker does not accept choices that are known only at run time
     OtherOptimizerName = Literal[OTHERS]
 
 
-def _own_rule(text: str) -> str:
+def _own_rule(text: str, info: ValidationInfo) -> str:
     if not is_own(text):
         raise PydanticCustomError("rule", "a rule of your own, as FILE.py:NAME or package.module:NAME")
-    return text
+    place, name = split_rule(text)
+    return f"{find_path(place, info)}:{name}" if place.endswith(".py") else text
 
 
 OwnRule = Annotated[Text, AfterValidator(_own_rule)]
@@ -31,44 +40,46 @@ class OptimConfig(Strict):
     Norms have the rate of embeddings, and always AdamW.
     """
 
-    lr: Rate = Field(5e-4, description="peak learning rate of the decoder's linears (full) or adapters (other methods)")
-    lr_other: Rate | None = Field(
-        None,
-        description="peak learning rate of embeddings, norms and head, and of linears without an adapter (other "
-        "methods); null: as lr",
-    )
-    matrices: Fixed[MatrixOptimizerName | OwnRule] = Field(
-        "adamw",
-        description="optimizer of the decoder's linears (full) or adapters (other methods), or a rule of your own, "
-        "FILE.py:NAME or package.module:NAME: see docs/method.md",
-    )
-    others: Fixed[OtherOptimizerName] = Field(
-        "adamw", description="optimizer of embeddings and head: adamw8bit keeps less state"
-    )
-    rule: dict[str, Any] = Field({}, description="settings of a rule of your own, e.g. {rank: 64}")
-    rule_digest: Text | None = Field(
-        None,
-        description="xxh3-128 of the file of a rule of your own, which must be that; null: any, and a run records it",
-    )
-    momentum: Decay = Field(0.95, description="Muon: momentum")
-    nesterov: bool = Field(True, description="Muon: use Nesterov momentum")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="betas of AdamW")
-    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="epsilon of AdamW")
-    weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything except norms and biases")
-    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        1.0, description="clip the global gradient norm to this; 0: off"
-    )
-    schedule: ScheduleKind = Field("cosine", description="shape of the learning rate after warmup; merges restart it")
-    warmup_steps: NotNegative = Field(1000, description="steps of linear warmup at the start")
-    warmup_fraction: Decay | None = Field(
-        None, description="linear warmup as a fraction of the run's steps, instead of warmup_steps; 0.03 is 3 %"
-    )
-    restart_warmup_steps: NotNegative = Field(50, description="steps of linear warmup after a merge; 0: no restarts")
-    decay_steps: Positive | None = Field(None, description="wsd: steps of the final decay; null: a tenth of the run")
-    min_ratio: Fraction = Field(0.1, description="the learning rate ends at this fraction of its peak")
-    rewarm: Literal["all", "adapters"] = Field(
-        "all", description="which parameter groups restart their learning rate after a merge"
-    )
+    lr: Rate = 5e-4
+    """peak learning rate of the decoder's linears (full) or adapters (other methods)"""
+    lr_other: Rate | None = None
+    """peak learning rate of embeddings, norms and head, and of linears without an adapter (other methods); null: as
+    lr"""
+    matrices: Fixed[MatrixOptimizerName | OwnRule] = "adamw"
+    """optimizer of the decoder's linears (full) or adapters (other methods), or a rule of your own, FILE.py:NAME or
+    package.module:NAME: see docs/method.md"""
+    others: Fixed[OtherOptimizerName] = "adamw"
+    """optimizer of embeddings and head: adamw8bit keeps less state"""
+    rule: dict[str, Any] = Field({})
+    """settings of a rule of your own, e.g. {rank: 64}"""
+    rule_digest: Text | None = None
+    """xxh3-128 of the file of a rule of your own, which must be that; null: any, and a run records it"""
+    momentum: Decay = 0.95
+    """Muon: momentum"""
+    nesterov: bool = True
+    """Muon: use Nesterov momentum"""
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False)
+    """betas of AdamW"""
+    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = 1e-8
+    """epsilon of AdamW"""
+    weight_decay: Decay = 0.0
+    """decoupled weight decay of everything except norms and biases"""
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """clip the global gradient norm to this; 0: off"""
+    schedule: ScheduleKind = "cosine"
+    """shape of the learning rate after warmup; merges restart it"""
+    warmup_steps: NotNegative = 1000
+    """steps of linear warmup at the start"""
+    warmup_fraction: Decay | None = None
+    """linear warmup as a fraction of the run's steps, instead of warmup_steps; 0.03 is 3 %"""
+    restart_warmup_steps: NotNegative = 50
+    """steps of linear warmup after a merge; 0: no restarts"""
+    decay_steps: Positive | None = None
+    """wsd: steps of the final decay; null: a tenth of the run"""
+    min_ratio: Fraction = 0.1
+    """the learning rate ends at this fraction of its peak"""
+    rewarm: Literal["all", "adapters"] = "all"
+    """which parameter groups restart their learning rate after a merge"""
 
     def decay_of(self, steps: int) -> int:
         """Steps of the final decay of ``wsd`` in a run of ``steps``: at most those after the warmup."""

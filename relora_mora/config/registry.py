@@ -5,7 +5,6 @@ package. A record names its code as ``package.module:object``, which is imported
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,15 +120,13 @@ class MatrixOptimizer:
 
     ``title`` is its name in papers. ``moments`` names its element-wise state tensors; a rule may also keep state per
     matrix. ``rule`` builds a :class:`relora_mora.optim.rules.MatrixRule` from the settings in ``optim``; None for
-    AdamW. ``settings`` lists those that not every optimizer uses.
-    ``bytes_per_element``: what the element-wise passes of a step read and write, on a GPU.
+    AdamW. ``bytes_per_element``: what the element-wise passes of a step read and write, on a GPU.
     """
 
     name: str
     title: str
     moments: tuple[str, ...] = ()
     rule: str | None = None
-    settings: tuple[str, ...] = ()
     bytes_per_element: int = 44  # Muon's momentum, Nesterov's, decay and step, each in its own pass
 
 
@@ -138,7 +135,7 @@ MATRIX_OPTIMIZERS = {
     for optimizer in (
         # reads master, both moments, gradient; writes master, both moments
         MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), bytes_per_element=28),
-        MatrixOptimizer("muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon", MUON_SETTINGS),
+        MatrixOptimizer("muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon"),
         MatrixOptimizer("adamw8bit", "8-bit AdamW", (), "relora_mora.optim.quantized:AdamW8bit", bytes_per_element=228),
     )
 }
@@ -160,7 +157,7 @@ def split_rule(matrices: str) -> tuple[str, str]:
 def optimizer_named(name: str) -> MatrixOptimizer | None:
     """The record of an optimizer, or of a rule of one's own; None if there is no such optimizer."""
     if is_own(name):
-        return MatrixOptimizer(name, split_rule(name)[1], rule=name, settings=RULE_SETTINGS)
+        return MatrixOptimizer(name, split_rule(name)[1], rule=name)
     return MATRIX_OPTIMIZERS.get(name)
 
 
@@ -171,10 +168,7 @@ def optimizer_of(group: str, *, matrices: str, others: str) -> MatrixOptimizer:
     return found
 
 
-def settings_of_others(
-    records: Mapping[str, Method] | Mapping[str, MatrixOptimizer], *own: Method | MatrixOptimizer | None
-) -> set[str]:
-    """The settings that some of the records use, but none of ``own``; empty if one of these is None."""
-    used = {setting for record in records.values() for setting in record.settings}
-    known = [record for record in own if record is not None]
-    return set() if len(known) < len(own) else used.difference(*(record.settings for record in known))
+def settings_of_others(method: Method | None) -> set[str]:
+    """The settings that some method uses, but not this one; empty for an unknown one."""
+    used = {setting for other in METHODS.values() for setting in other.settings}
+    return set() if method is None else used.difference(method.settings)

@@ -1,6 +1,6 @@
 """Settings and values that release 0.2 had and this one has not.
 
-A key of ``REMOVED`` is ``section.setting``, or ``section.setting=value`` with the value as in YAML; of a list, an
+A key of ``REMOVED`` is ``section.setting``, or ``section.setting=value`` with a text or number as value; of a list, an
 element counts. The text says what to do instead.
 """
 
@@ -56,34 +56,25 @@ def removed_faults(tree: Mapping[str, Any]) -> dict[str, str]:
         name, _, value = key.partition("=")
         section, _, setting = name.partition(".")
         settings = tree.get(section)
-        if not isinstance(settings, Mapping) or setting not in settings:
-            continue
-        given = settings[setting]
-        if not value:
-            faults[name] = f"only release 0.2 has this setting; {remedy}"
-        elif value in map(_as_yaml, given if isinstance(given, list) else [given]):
-            faults[name] = f"only release 0.2 has {value}; {remedy}"
+        if isinstance(settings, Mapping) and setting in settings:
+            given = settings[setting]
+            values = map(str, given) if isinstance(given, list) else [str(given)]
+            if not value or value in values:
+                faults[name] = f"only release 0.2 has {value or 'this setting'}; {remedy}"
     return faults
-
-
-def _as_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def without(tree: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The tree without the settings of these dotted names."""
-    removed = set(names)
-    return {
-        section: {key: value for key, value in settings.items() if f"{section}.{key}" not in removed}
-        if isinstance(settings, dict)
-        else settings
-        for section, settings in tree.items()
-    }
+    result = dict(tree)
+    for section, _, key in (name.partition(".") for name in names):
+        result[section] = {other: value for other, value in result[section].items() if other != key}
+    return result
 
 
 def without_old_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree of a run of release 0.2 without the removed settings that it did not use."""
-    settings = ((name, *name.split(".")) for name in OLD_DEFAULTS)
+    given = ((name, *name.split(".")) for name in OLD_DEFAULTS)
     return without(
-        tree, [name for name, section, key in settings if tree.get(section, {}).get(key) == OLD_DEFAULTS[name]]
+        tree, [name for name, section, key in given if tree.get(section, {}).get(key, ...) == OLD_DEFAULTS[name]]
     )

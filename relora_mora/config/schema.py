@@ -5,18 +5,22 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
+from relora_mora.config.checks.deepspeed import DeepSpeed
 from relora_mora.config.data import DataConfig
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import METHODS, OPERATORS, Method
+from relora_mora.config.shipped import MODELS, find_config
 from relora_mora.config.types import (
     LONGEST_SECONDS,
     Decay,
+    FilePath,
     Fixed,
     Fraction,
     Free,
+    HomePath,
     NotNegative,
     Positive,
     Project,
@@ -35,52 +39,40 @@ else:  # a type checker does not accept choices that are known only at run time
     MoraType = Literal[tuple(OPERATORS)]
 
 
+ModelFile = Annotated[FilePath, AfterValidator(lambda path: str(find_config(path, MODELS)))]
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a LLaMA
 
 
 class ModelConfig(Strict):
     """The model. ``config`` is a transformers config in JSON, and ``overrides`` replaces some of its keys."""
 
-    config: Free[Text | None] = Field(
-        None,
-        description="the config.json of a causal language model of transformers, relative to the current folder or "
-        "else to this YAML file, or the name of a shipped one; null: the config of init_from",
-    )
-    overrides: Free[dict[str, Any]] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
-    init_from: Free[Text | None] = Field(
-        None,
-        description="the initial weights: a Hugging Face folder of a causal language model, or a checkpoint or run "
-        "folder of any method",
-    )
-    adapter: Free[Text | None] = Field(
-        None,
-        description="the initial adapters, which were trained on the model in init_from: a folder in the layout of "
-        "PEFT or of the released MoRA code",
-    )
-    new_tokens: Free[Literal["mean_of_pieces", "mean", "normal"] | None] = Field(
-        None,
-        description="initial rows for tokens that the tokenizer of init_from lacks, in embeddings and head: the mean "
-        "of the rows of a token's old pieces, or of all old rows, or drawn with their mean and deviation; the "
-        "vocabulary grows to a multiple of 64, or to model.overrides.vocab_size; null: there are none",
-    )
-    attention: Free[Literal["auto", "sdpa", "eager", "flash_attention_2"]] = Field(
-        "auto",
-        description="transformers' attention implementation; auto: the one that transformers takes for the model",
-    )
-    activation_checkpointing: Free[bool] = Field(
-        False, description="recompute each decoder layer in the backward pass instead of keeping its activations"
-    )
-    compile: Free[bool | Literal["auto"]] = Field(
-        "auto", description="torch.compile the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"
-    )
+    config: Free[ModelFile | None] = None
+    """the config.json of a causal language model of transformers, relative to the current folder or else to this YAML
+    file, or the name of a shipped one; null: the config of init_from"""
+    overrides: Free[dict[str, Any]] = Field({})
+    """keys of that config to replace, e.g. {hidden_size: 256}"""
+    init_from: Free[HomePath | None] = None
+    """the initial weights: a Hugging Face folder of a causal language model, or a checkpoint or run folder of any
+    method"""
+    adapter: Free[HomePath | None] = None
+    """the initial adapters, which were trained on the model in init_from: a folder in the layout of PEFT or of the
+    released MoRA code"""
+    new_tokens: Free[Literal["mean_of_pieces", "mean", "normal"] | None] = None
+    """initial rows for tokens that the tokenizer of init_from lacks, in embeddings and head: the mean of the rows of a
+    token's old pieces, or of all old rows, or drawn with their mean and deviation; the vocabulary grows to a multiple
+    of 64, or to model.overrides.vocab_size; null: there are none"""
+    attention: Free[Literal["auto", "sdpa", "eager", "flash_attention_2"]] = "auto"
+    """transformers' attention implementation; auto: the one that transformers takes for the model"""
+    activation_checkpointing: Free[bool] = False
+    """recompute each decoder layer in the backward pass instead of keeping its activations"""
+    compile: Free[bool | Literal["auto"]] = "auto"
+    """torch.compile the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"""
 
 
 class TokenizerConfig(Strict):
-    path: Free[Text | None] = Field(
-        None,
-        description="a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder; "
-        "null: the tokenizer of model.init_from",
-    )
+    path: Free[FilePath | None] = None
+    """a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder; null: the
+    tokenizer of model.init_from"""
 
 
 class MethodConfig(Strict):
@@ -89,68 +81,53 @@ class MethodConfig(Strict):
     name: Fixed[MethodName] = Field(
         "remora", description=", ".join(f"{m.name} ({m.note})" if m.note else m.name for m in METHODS.values())
     )
-    rank: Fixed[Positive] = Field(
-        128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
-    )
-    rank_pattern: Fixed[dict[str, Positive]] = Field(
-        {}, description="ranks that differ from rank, by projection, e.g. {down_proj: 64}"
-    )
-    square_size: Fixed[Positive | None] = Field(None, description="R of every layer; null: R follows from rank")
-    square_rounding: Fixed[Literal["down", "nearest"]] = Field(
-        "down", description="how R is rounded; nearest: as in the released code; may exceed LoRA's parameter count"
-    )
-    square_multiple: Fixed[Positive] = Field(
-        1, description="round R down to a multiple of this (8, 16, 32 suit matrix units)"
-    )
-    operators: list[MoraType] = Field(
-        [1, 2], min_length=1, description="MoRA types: mora uses the first, remora cycles through all"
-    )
-    lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
-        None, description="LoRA's scale is alpha / r; null: alpha = r"
-    )
-    target_modules: Fixed[Annotated[list[str], Field(min_length=1)] | None] = Field(
-        None, description="linears of the decoder layers that get an adapter, such as [q_proj, v_proj]; null: all"
-    )
-    train_linears: Fixed[bool | None] = Field(
-        None,
-        description="train the decoder's linears that have no adapter; null: if embeddings, norms or head train",
-    )
-    train_experts: Fixed[bool] = Field(
-        False, description="train experts and routers of a mixture of experts, which have no adapters"
-    )
-    train_embeddings: Fixed[bool | Literal["new"] | Positive] = Field(
-        True,
-        description="train the input embeddings; new: only the rows of model.new_tokens, in the head, too; a number: "
-        "only the rows from this id on",
-    )
-    train_norms: Fixed[bool] = Field(True, description="train the norms, and the biases if the model has any")
-    train_head: Fixed[bool] = Field(True, description="train the output head")
-    form: Free[Literal["auto", "merged", "resident", "decoupled"]] = Field(
-        "auto", description="how an adapter layer computes its output: see docs/method.md"
-    )
-    base: Free[Literal["int8", "fp8"] | None] = Field(
-        None,
-        description="store weights under adapters in 8 bits on the device, with a scale per output feature; null: as "
-        "the rest of the model; see docs/method.md",
-    )
-    base_products: Free[bool | Literal["auto"]] = Field(
-        "auto",
-        description="base int8, fp8: multiply in 8 bits too; false: only store them; auto: multiply if that is faster "
-        "on this machine",
-    )
-    dropout: Decay = Field(
-        0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
-    )
+    rank: Fixed[Positive] = 128
+    """LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"""
+    rank_pattern: Fixed[dict[str, Positive]] = Field({})
+    """ranks that differ from rank, by projection, e.g. {down_proj: 64}"""
+    square_size: Fixed[Positive | None] = None
+    """R of every layer; null: R follows from rank"""
+    square_rounding: Fixed[Literal["down", "nearest"]] = "down"
+    """how R is rounded; nearest: as in the released code; may exceed LoRA's parameter count"""
+    square_multiple: Fixed[Positive] = 1
+    """round R down to a multiple of this (8, 16, 32 suit matrix units)"""
+    operators: list[MoraType] = Field([1, 2], min_length=1)
+    """MoRA types: mora uses the first, remora cycles through all"""
+    lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = None
+    """LoRA's scale is alpha / r; null: alpha = r"""
+    target_modules: Fixed[Annotated[list[str], Field(min_length=1)] | None] = None
+    """linears of the decoder layers that get an adapter, such as [q_proj, v_proj]; null: all"""
+    train_linears: Fixed[bool | None] = None
+    """train the decoder's linears that have no adapter; null: if embeddings, norms or head train"""
+    train_experts: Fixed[bool] = False
+    """train experts and routers of a mixture of experts, which have no adapters"""
+    train_embeddings: Fixed[bool | Literal["new"] | Positive] = True
+    """train the input embeddings; new: only the rows of model.new_tokens, in the head, too; a number: only the rows
+    from this id on"""
+    train_norms: Fixed[bool] = True
+    """train the norms, and the biases if the model has any"""
+    train_head: Fixed[bool] = True
+    """train the output head"""
+    form: Free[Literal["auto", "merged", "resident", "decoupled"]] = "auto"
+    """how an adapter layer computes its output: see docs/method.md"""
+    base: Free[Literal["int8", "fp8"] | None] = None
+    """store weights under adapters in 8 bits on the device, with a scale per output feature; null: as the rest of the
+    model; see docs/method.md"""
+    base_products: Free[bool | Literal["auto"]] = "auto"
+    """base int8, fp8: multiply in 8 bits too; false: only store them; auto: multiply if that is faster on this
+    machine"""
+    dropout: Decay = 0.0
+    """dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"""
     merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
-    merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: the last but one")
-    reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
-        "full",
-        description="what a merge does to the adapters' optimizer state: see docs/method.md; use carry together with "
-        "optim.restart_warmup_steps=0",
-    )
-    reset_ratio: Fraction = Field(0.9, description="fraction of the state that magnitude and random set to zero")
+    merge_until_step: Positive | None = None
+    """the last step that may merge; null: the last but one"""
+    reset: Literal["full", "magnitude", "random", "none", "carry"] = "full"
+    """what a merge does to the adapters' optimizer state: see docs/method.md; use carry together with
+    optim.restart_warmup_steps=0"""
+    reset_ratio: Fraction = 0.9
+    """fraction of the state that magnitude and random set to zero"""
 
     @property
     def record(self) -> Method:
@@ -201,105 +178,90 @@ class MethodConfig(Strict):
 
 
 class TrainConfig(Strict):
-    run_dir: Free[Text] = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
-    steps: Positive = Field(10000, description="optimizer steps of the whole run; or set tokens or epochs instead")
-    tokens: Whole | None = Field(
-        None, description="tokens of the whole run, instead of steps, e.g. 5e9; rounded up to whole steps"
-    )
-    epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
-        None, description="passes over the training text, instead of steps; its tokens are counted at the start"
-    )
-    batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(
-        1024, description="sequences per optimizer step, over all ranks"
-    )
-    micro_batch_size: Free[Positive] = Field(16, description="sequences per forward pass on one rank")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 if it is fast on this hardware, else fp32"
-    )
-    zero_stage: Free[Annotated[int, Field(ge=0, le=3)]] = Field(2, description="DeepSpeed ZeRO stage")
-    deterministic: Free[bool] = Field(
-        False, description="on GPUs: compute the same bits every time, for bit-equal resumes; slower; CPUs always do"
-    )
-    seed: Seed = Field(0, description="seed of the initial weights and everything else random, except text order")
-    resume: Free[Text] = Field(
-        "auto",
-        description="auto: from the newest complete checkpoint of run_dir; never: refuse a run_dir with checkpoints; "
-        "or a checkpoint folder",
-    )
-    allow_changes: Free[list[str]] = Field(
-        [], description="settings that may differ from the checkpoint's, e.g. [optim.lr]"
-    )
-    max_bad_steps: Free[Positive] = Field(
-        3, description="roll back after this many steps in a row with a non-finite loss or gradient"
-    )
-    max_rollbacks: Free[NotNegative] = Field(
-        1, description="returns to the last good checkpoint, skipping the data since then, before the run stops"
-    )
-    peer_timeout_seconds: Free[Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)]] = Field(
-        300.0, description="end the run if a rank is gone or has done nothing for this long"
-    )
-    deepspeed: Free[dict[str, Any]] = Field(
-        {}, description="additional DeepSpeed settings; those that follow from other settings are refused"
-    )
+    run_dir: Free[HomePath]
+    """folder of this run: config, metrics, TensorBoard, checkpoints"""
+    steps: Positive = 10000
+    """optimizer steps of the whole run; or set tokens or epochs instead"""
+    tokens: Whole | None = None
+    """tokens of the whole run, instead of steps, e.g. 5e9; rounded up to whole steps"""
+    epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    """passes over the training text, instead of steps; its tokens are counted at the start"""
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 1024
+    """sequences per optimizer step, over all ranks"""
+    micro_batch_size: Free[Positive] = 16
+    """sequences per forward pass on one rank"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 if it is fast on this hardware, else fp32"""
+    zero_stage: Free[Annotated[int, Field(ge=0, le=3)]] = 2
+    """DeepSpeed ZeRO stage"""
+    deterministic: Free[bool] = False
+    """on GPUs: compute the same bits every time, for bit-equal resumes; slower; CPUs always do"""
+    seed: Seed = 0
+    """seed of the initial weights and everything else random, except text order"""
+    resume: Free[HomePath] = "auto"
+    """auto: from the newest complete checkpoint of run_dir; never: refuse a run_dir with checkpoints; or a checkpoint
+    folder"""
+    allow_changes: Free[list[str]] = Field([])
+    """settings that may differ from the checkpoint's, e.g. [optim.lr]"""
+    max_bad_steps: Free[Positive] = 3
+    """roll back after this many steps in a row with a non-finite loss or gradient"""
+    max_rollbacks: Free[NotNegative] = 1
+    """returns to the last good checkpoint, skipping the data since then, before the run stops"""
+    peer_timeout_seconds: Free[Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)]] = 300.0
+    """end the run if a rank is gone or has done nothing for this long"""
+    deepspeed: Free[DeepSpeed] = DeepSpeed()
+    """additional DeepSpeed settings; those that follow from other settings are refused"""
 
 
 class EvalConfig(Strict):
-    every_steps: NotNegative = Field(1000, description="steps between evaluations; 0: only at the start and the end")
-    max_tokens: Positive | None = Field(
-        10_000_000, description="predicted tokens to score in each held-out set; null: all"
-    )
-    micro_batch_size: Positive | None = Field(
-        None, description="sequences per forward pass on one rank; null: train.micro_batch_size"
-    )
-    at_start: bool = Field(True, description="evaluate before the first step")
-    generate: NotNegative = Field(
-        0, description="records per held-out set, within eval.max_tokens, whose answers are also generated; 0: none"
-    )
-    tasks: list[Text] = Field(
-        [], description="tasks of lm-evaluation-harness or of docs/tasks.md, or YAML files of tasks, to score as well"
-    )
-    tasks_every_steps: NotNegative | None = Field(
-        None, description="steps between evaluations of eval.tasks; 0: only at the start and the end; null: every_steps"
-    )
-    task_data: Text | None = Field(None, description="the rows of local tasks: a folder or a file of JSON lines")
-    num_fewshot: NotNegative | None = Field(
-        None, description="rows with their answers before each row of a task; null: what the task defines, else none"
-    )
-    limit: Positive | None = Field(None, description="rows of each task to score; null: all")
+    every_steps: NotNegative = 1000
+    """steps between evaluations; 0: only at the start and the end"""
+    max_tokens: Positive | None = 10_000_000
+    """predicted tokens to score in each held-out set; null: all"""
+    micro_batch_size: Positive | None = None
+    """sequences per forward pass on one rank; null: train.micro_batch_size"""
+    at_start: bool = True
+    """evaluate before the first step"""
+    generate: NotNegative = 0
+    """records per held-out set, within eval.max_tokens, whose answers are also generated; 0: none"""
+    tasks: list[Text] = Field([])
+    """tasks of lm-evaluation-harness or of docs/tasks.md, or YAML files of tasks, to score as well"""
+    tasks_every_steps: NotNegative | None = None
+    """steps between evaluations of eval.tasks; 0: only at the start and the end; null: every_steps"""
+    task_data: Text | None = None
+    """the rows of local tasks: a folder or a file of JSON lines"""
+    num_fewshot: NotNegative | None = None
+    """rows with their answers before each row of a task; null: what the task defines, else none"""
+    limit: Positive | None = None
+    """rows of each task to score; null: all"""
 
 
 class CheckpointConfig(Strict):
-    every_steps: NotNegative = Field(1000, description="steps between checkpoints; 0: only at the end")
-    keep_last: Positive = Field(2, description="newest checkpoints to keep")
-    keep_every_steps: NotNegative = Field(
-        0, description="also keep every checkpoint whose step is a multiple of this; 0: none"
-    )
-    keep_best: Text | None = Field(
-        None,
-        description="also save and keep the checkpoint with the best value of this metric, such as eval/loss or "
-        "tasks/arc_easy/acc; null: none",
-    )
-    mirror: Text | None = Field(
-        None,
-        description="a folder in a store, such as s3://BUCKET/RUN, that gets a copy of every complete checkpoint, and "
-        "from which an empty run folder continues; null: none",
-    )
+    every_steps: NotNegative = 1000
+    """steps between checkpoints; 0: only at the end"""
+    keep_last: Positive = 2
+    """newest checkpoints to keep"""
+    keep_every_steps: NotNegative = 0
+    """also keep every checkpoint whose step is a multiple of this; 0: none"""
+    keep_best: Text | None = None
+    """also save and keep the checkpoint with the best value of this metric, such as eval/loss or tasks/arc_easy/acc;
+    null: none"""
+    mirror: Text | None = None
+    """a folder in a store, such as s3://BUCKET/RUN, that gets a copy of every complete checkpoint, and from which an
+    empty run folder continues; null: none"""
 
 
 class LogConfig(Strict):
-    every_steps: Positive = Field(10, description="steps between lines of metrics.jsonl and TensorBoard")
-    tensorboard: bool = Field(True, description="write TensorBoard events")
-    wandb: Project | None = Field(
-        None,
-        description="a Weights & Biases project to log to as well, PROJECT or ENTITY/PROJECT; null: none; see "
-        "docs/metrics.md",
-    )
-    progress: bool = Field(
-        True, description="show progress on the first rank: bars on a terminal, and a line with the loss now and then"
-    )
-    peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="peak of one device in TFLOP/s, for utilization; null: from a data sheet or a measurement"
-    )
+    every_steps: Positive = 10
+    """steps between lines of metrics.jsonl and TensorBoard"""
+    tensorboard: bool = True
+    """write TensorBoard events"""
+    wandb: Project | None = None
+    """a Weights & Biases project to log to as well, PROJECT or ENTITY/PROJECT; null: none; see docs/metrics.md"""
+    progress: bool = True
+    """show progress on the first rank: bars on a terminal, and a line with the loss now and then"""
+    peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """peak of one device in TFLOP/s, for utilization; null: from a data sheet or a measurement"""
 
 
 class Config(Strict):

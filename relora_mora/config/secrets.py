@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
-WANDB_REMEDY = "it holds what looks like a key of Weights & Biases; use `wandb login` or WANDB_API_KEY instead"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _WANDB_KEY = re.compile(r"wandb_v\d+_\w{20,}")
 _OLD_WANDB_KEY = re.compile(r"(\w+-)?[0-9a-f]{40}")  # a commit elsewhere
@@ -15,10 +14,18 @@ _QUERY = re.compile(r"(https?://[^\s?#]*[?#])\S*[^\s:;,.)\]'\"]")
 # signatures in urls of S3, GCS, Azure and CloudFront, and keys that other services put into queries
 _SIGNATURE = re.compile(
     r"https?://[^\s?#]*\?(?:\S*?&)??"
-    r"((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|sig|AWSAccessKeyId|Key-Pair-Id"
-    r"|(?:access_?|auth_?)?token|api_?key|password|secret))=",
+    r"(?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|sig|AWSAccessKeyId|Key-Pair-Id"
+    r"|(?:access_?|auth_?)?token|api_?key|password|secret)=",
     re.IGNORECASE,
 )
+WANDB_REMEDY = "it holds what looks like a key of Weights & Biases; use `wandb login` or WANDB_API_KEY instead"
+_REMEDIES = {
+    _TOKEN: "it holds what looks like a token of the Hugging Face hub; use `hf auth login` or HF_TOKEN instead",
+    _WANDB_KEY: WANDB_REMEDY,
+    _CREDENTIALS: "it holds a url with a user or password; put them into ~/.netrc, which is read for http(s) sources",
+    _SIGNATURE: "it holds a url with a secret in its query; give the plain url and put the login into ~/.netrc, or "
+    "download the files",
+}
 
 
 def redact(text: str) -> str:
@@ -28,18 +35,7 @@ def redact(text: str) -> str:
 
 def secret_in(text: str) -> str | None:
     """Describes a secret in a text and says where it belongs; None if there is none."""
-    if _TOKEN.search(text):
-        return "it holds what looks like a token of the Hugging Face hub; use `hf auth login` or HF_TOKEN instead"
-    if _WANDB_KEY.search(text):
-        return WANDB_REMEDY
-    if _CREDENTIALS.search(text):
-        return "it holds a url with a user or password; put them into ~/.netrc, which is read for http(s) sources"
-    if signature := _SIGNATURE.search(text):
-        return (
-            f"it holds a url with a secret in its query ({signature[1]}), which would be saved with the run; "
-            "give the plain url and put the login into ~/.netrc, or download the files"
-        )
-    return None
+    return next((remedy for pattern, remedy in _REMEDIES.items() if pattern.search(text)), None)
 
 
 def secrets_in(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

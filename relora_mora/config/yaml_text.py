@@ -6,6 +6,15 @@ from typing import Any
 import yaml
 
 MOST_CHARACTERS = 1 << 22  # tens of thousands of sources still fit
+_TAG = "tag:yaml.org,2002:"
+# how YAML 1.2 reads text without quotes
+_PATTERNS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+(_[0-9]+)*",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_RESOLVERS = [(_TAG + kind, re.compile(f"({pattern})$")) for kind, pattern in _PATTERNS.items()]
 
 
 class _Loader(yaml.SafeLoader):
@@ -19,65 +28,32 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, value in node.value:
+        for key, _ in node.value:
             name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
-            problem = None
-            if not isinstance(name, str):
-                problem = f"the key {name!r} is not a name"
-            elif name in seen:
-                problem = f"duplicate key {name!r}"
-            elif node.flow_style and ":" in name and not key.style and value.tag.endswith(":null") and not value.value:
-                problem = f"{name!r} has no value; put a space after the colon"  # YAML reads {a:1} as the name a:1
-            if problem is not None:
+            if not isinstance(name, str) or name in seen:
+                problem = f"duplicate key {name!r}" if isinstance(name, str) else f"the key {name!r} is not a name"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
-_PLAIN = (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")))
+_PLAIN = (None, *(_TAG + kind for kind in (*_PATTERNS, "str", "seq", "map")))
 _Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _PLAIN}
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if not tag.endswith((":float", ":int", ":timestamp", ":bool", ":merge", ":value"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+(_[0-9]+)*$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^([-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value).replace("_", "")))
-_Loader.add_constructor(
-    "tag:yaml.org,2002:float",
-    lambda loader, node: float(str(node.value).lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")),
-)
+_Loader.yaml_implicit_resolvers = {None: _RESOLVERS}
+_Loader.add_constructor(f"{_TAG}int", lambda _, node: int(str(node.value).replace("_", "")))
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that YAML 1.1 or 1.2 would read as another type."""
 
 
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
-}
-
-
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     # PyYAML folds these Unicode line ends into spaces, but escapes them between double quotes
     style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
 
+_Dumper.yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _RESOLVERS}
 _Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(tuple, _Dumper.represent_list)
 

@@ -1,6 +1,7 @@
 """The choices that decide a run's memory, network traffic and time."""
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -54,4 +55,5 @@ class Setup:
 
     def zero(self, name: str, default: int) -> int:
         """A number from ``zero_optimization`` in ``train.deepspeed``, or the default."""
-        return int(self.config.train.deepspeed.get("zero_optimization", {}).get(name, default))
+        given: Any = self.config.train.deepspeed.get("zero_optimization", {})
+        return int(given.get(name, default))

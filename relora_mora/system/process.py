@@ -94,8 +94,10 @@ if __name__ == "__main__":
 def own_command() -> str:
     """How a shell starts ``relora-mora`` of this environment."""
     found = shutil.which("relora-mora")
-    is_own = found is not None and Path(found).parent == Path(sys.executable).parent
-    return "relora-mora" if is_own else f"{sys.executable} -m relora_mora"
+    python = Path(sys.executable)
+    if found is not None and Path(found).parent == python.parent:
+        return "relora-mora"
+    return f"{python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python} -m relora_mora"
 
 
 @contextlib.contextmanager

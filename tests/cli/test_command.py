@@ -24,6 +24,8 @@ def arguments(*argv: str) -> tuple[object, ...] | None:
 
     def main(config: str, *, steps: int | None = None, rate: float = 0.5, fast: bool = False, **overrides: str) -> int:
         """Trains."""
+        if "" in overrides:  # of a command line with faults
+            raise ConfigError(["--: not a setting", "a.b: got 1"], "c")
         calls.append((config, steps, rate, fast, overrides))
         return 75
 
@@ -54,7 +56,8 @@ def test_arguments_arrive_as_annotated(line: list[str], expected: tuple[object, 
 def test_annotated_parameters_are_checked_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert arguments("c", "--steps=1.5", "--rate=x", "--fast=7") is None
     message = capsys.readouterr().err
-    assert all(part in message for part in ("--steps: got 1.5; ", "--rate: got 'x'; ", "--fast: got 7; "))
+    assert message.startswith("4 faults in c and the command line:\n  - --steps: got 1.5; ")
+    assert all(part in message for part in ("--rate: got 'x'; ", "--fast: got 7; ", "a.b: got 1"))
 
 
 def _fail_with(error: Exception) -> int:

@@ -72,7 +72,7 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
             "tokenizer.path",  # missing
             "train.micro_batch_size",  # does not divide the batch
             "train.steps",  # true is not a number
-            "train.deepspeed",  # a derived key
+            "train.deepspeed.bf16",  # a derived key
         ]
     ), str(error.value)
 
@@ -143,8 +143,8 @@ def test_settings_of_a_checkpoint_need_not_be_possible_today() -> None:
     """Its weights can be used even if today's checks of a run would refuse its settings."""
     before = validate(tree(), "the test")
     settings = before.model_dump(mode="json")
-    settings["train"]["deepspeed"] = {"flops_profiler": {"enabled": True}}
-    with pytest.raises(ConfigError, match="flops_profiler"):
+    settings["data"]["lanes"] = 7
+    with pytest.raises(ConfigError, match=r"data\.lanes"):
         validate(settings, "the test")
     assert stored_config(settings, "step-1").method == before.method
     with pytest.raises(ConfigError, match=r"1 fault in step-1:\n  - optim.lrx: unknown; did you mean lr"):
@@ -177,7 +177,6 @@ def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run(
     config = validate(tree(train=train, method={"name": "mora"}, optim=optim), "the test")
     assert config.optim.warmup_fraction == fraction  # it is kept while the steps are unknown
     assert validate(parse_yaml(dump(config)), "the test").optim == config.optim
-    assert config.optim.model_fields_set == set(optim) - {"warmup_steps"}
     if "epochs" in train:
         config = with_counted_epochs(config, 80 * 1024 * 512)
         assert (config.train.steps, config.optim.warmup_fraction) == (80, None)
@@ -264,12 +263,6 @@ def test_settings_without_effect_are_named(changes: dict[str, Any], unused: dict
     assert [remark for remark in remarks(config) if "does not use it" in remark] == [
         f"{name}: {cause} does not use it" for name, cause in unused.items()
     ]
-
-
-def test_derived_quantities() -> None:
-    config = validate(tree(train={"batch_size": 96, "micro_batch_size": 4}), "t")
-    assert (config.tokens_per_step, config.lanes, config.accumulation_steps(3)) == (96 * 512, 32, 8)
-    assert validate(tree(data={"lanes": 12}, train={"batch_size": 96}), "t").lanes == 12
 
 
 def test_the_name_of_a_model_gets_the_setting_that_takes_it():

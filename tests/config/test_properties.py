@@ -19,30 +19,19 @@ from tests.tools.config_tools import SECTIONS, SETTINGS, changed_tree, same, tre
 
 pytestmark = pytest.mark.more
 
-many = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+slow = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+many = settings(max_examples=80, deadline=None, suppress_health_check=slow)
 
 words = st.text(max_size=12)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([10**30, 2**63, -(10**400), 10**400])
-    | st.floats()
-    | words
-    | st.sampled_from(
-        ["4e-4", "remora", "bf16", "-", "\0", "x" * 5000, "~", "1_0", ".inf", "2026-11-24", "yes", "0x10", "=", "<<"]
-    )
-)
+numbers = st.integers() | st.floats() | st.sampled_from([10**30, 2**63, -(10**400), 10**400])
+odd = ["4e-4", "remora", "bf16", "-", "\0", "x" * 5000, "~", "1_0", ".inf", "2026-11-24", "yes", "0x10", "=", "<<"]
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=3), max_leaves=6
+    st.none() | st.booleans() | numbers | words | st.sampled_from(odd),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
 )
-plausible = (
-    st.integers(0, 4096)
-    | st.floats(0, 1)
-    | st.sampled_from(["full", "mora", "remora", "wsd", "magnitude", [1, 2], [6], ["q_proj"]])
-)
+names = ["full", "mora", "remora", "wsd", "magnitude", [1, 2], [6], ["q_proj"]]
+plausible = st.integers(0, 4096) | st.floats(0, 1) | st.sampled_from(names)
 sections = st.dictionaries(st.sampled_from(SETTINGS), values | plausible, max_size=8)
 broken = st.dictionaries(st.sampled_from([*SECTIONS, "trian", "", "data.train"]) | words, values, max_size=3)
 

@@ -12,14 +12,12 @@ from relora_mora.config.schema import SETTINGS
 from tests.tools.config_tools import faults_of, tree
 from tests.tools.each import each
 
-VALUES = {"true": True, "false": False}
-
 
 @each("key", removed.REMOVED)
 def test_each_is_refused_with_one_line(key):
     name, _, value = key.partition("=")
     section, _, setting = name.partition(".")
-    [fault] = faults_of(tree(**{section: {setting: VALUES.get(value, value or 3)}}))
+    [fault] = faults_of(tree(**{section: {setting: value or 3}}))
     assert fault == f"{name}: only release 0.2 has {value or 'this setting'}; {removed.REMOVED[key]}"
 
 
@@ -32,10 +30,8 @@ def test_the_table_names_what_is_not_there():
 
 def test_an_element_of_a_list_counts(monkeypatch):
     monkeypatch.setitem(removed.REMOVED, "method.operators=4", "use 1")
-    monkeypatch.setitem(removed.REMOVED, "model.compile=true", "use auto")
     assert set(removed.removed_faults({"method": {"operators": [1, 4]}})) == {"method.operators"}
-    assert removed.removed_faults({"method": {"operators": [1, 2]}, "model": {"compile": False}, "optim": None}) == {}
-    assert set(removed.removed_faults({"model": {"compile": True}})) == {"model.compile"}
+    assert removed.removed_faults({"method": {"operators": [1, 2]}, "optim": None}) == {}
 
 
 def test_settings_of_a_checkpoint_of_02_are_read_if_it_did_not_use_what_is_gone():

@@ -28,13 +28,6 @@ METHODS = ("full", "lora", "mora", "relora", "remora")
 pytestmark = pytest.mark.usefixtures("at_root")
 
 
-def test_all_runs_exist() -> None:
-    groups = [f"tiny_{method}" for method in METHODS]
-    groups += [f"{size}_{method}" for size in ("paper_250m", "paper_1_3b") for method in METHODS]
-    groups += [f"{size}_remora" for size in ("tuned_7m", "tuned_17m", "scaled_34m")]
-    assert {path.stem for path in RUNS} == {*groups, "demo", "study_full", "tiny_remora_paper"}
-
-
 @each("path", MODELS)
 def test_a_model_is_read_as_written_and_has_its_parameters(path: Path) -> None:
     written = json.loads(path.read_text(encoding="utf-8"))
@@ -120,10 +113,6 @@ WHAT_TASKS_ARE: dict[str, tuple[str | None, tuple[int, int, float], set[float], 
 
 def task(name: str, **overrides: str) -> Config:
     return load_config(f"configs/task/{name}.yaml", overrides, world_size=8, defaults=FINETUNING)
-
-
-def test_all_tasks_exist() -> None:
-    assert {path.stem for path in TASKS} == {*WHAT_TASKS_ARE, "continue_remora", "continue_full"}
 
 
 def test_the_two_ways_to_continue_differ_only_in_method_and_rate() -> None:

@@ -33,20 +33,15 @@ def test_a_name_is_read_in_any_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_config("tiny_remora", {"model.config": "llama_9m"}).model.config == str(FOLDER / "model/llama_9m.json")
 
 
-def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_wins_over_a_name_but_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny_remora").write_text("x: 1\n")
     assert find_config("tiny_remora") == Path("tiny_remora")
     Path("configs/run").mkdir(parents=True)
     Path("configs/run/tiny_full.yaml").write_text("x: 1\n")
     assert find_config("configs/run/tiny_full.yaml") == Path("configs/run/tiny_full.yaml")
-
-
-def test_a_name_wins_over_a_folder_and_is_none_of_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("tiny_remora").mkdir()
-    assert find_config("tiny_remora") == FOLDER / "run/tiny_remora.yaml"
-    assert load_config("tiny_remora", {"tokenizer.path": "math"}).tokenizer.path == "math"
+    Path("tiny_mora").mkdir()
+    assert find_config("tiny_mora") == FOLDER / "run/tiny_mora.yaml"
 
 
 def test_messages_have_the_name_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

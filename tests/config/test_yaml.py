@@ -39,7 +39,7 @@ def test_numbers_are_read_as_in_yaml_1_2(text: str, value: Any) -> None:
 @each(
     "text",
     [
-        *("a: 1\na: 2", "1: 2", "{[a]: 1}", "a: &x [*x]", "a: [", "a: {b:1}", "{a: {b: 1, c:d}}", "a: {{b}}"),
+        *("a: 1\na: 2", "1: 2", "{[a]: 1}", "a: &x [*x]", "a: [", "a: {{b}}"),
         *("!!python/object:os.system {}", "a: !!binary aGk=", "!!set {a}", "!!timestamp 2026-11-24"),
         *("!!timestamp maybe", "!!bool maybe", "!!map text", "!!int {a: 1}", "9" * 5000, "#" * (1 << 23)),
     ],
@@ -95,10 +95,5 @@ def test_overrides_that_are_not_yaml_or_below_a_value_are_refused(tmp_path: Path
 def test_text_after_a_hash_is_not_dropped_silently(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()), encoding="utf-8")
-    for cut in ("run #2", "!!str run #2"):
-        with pytest.raises(ConfigError, match=rf"--train.run_dir={cut}: in YAML, ' #' begins a comment"):
-            load_config(path, {"train.run_dir": cut})
-    assert load_config(path, {"train.run_dir": "!!str 'run #2'"}).train.run_dir == "run #2"
-    assert load_config(path, {"train.run_dir": '"run #2"'}).train.run_dir == "run #2"
-    assert load_config(path, {"train.run_dir": "run#2 "}).train.run_dir == "run#2"
-    assert load_config(path, {"train.run_dir": ">-\n  run #2"}).train.run_dir == "run #2"
+    for given, read in (("run #2", "run #2"), ('"run #2"', "run #2"), ("run#2 ", "run#2"), (">-\n  run #2", "run #2")):
+        assert load_config(path, {"train.run_dir": given}).train.run_dir == read

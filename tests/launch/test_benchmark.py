@@ -127,11 +127,8 @@ def test_the_tracker_sees_temporary_tensors() -> None:
 
 
 @each("name", ["mora_int9", "full_int8", "remora_int8_fp8", "remora_merged_resident", "peft", "", "plain_compiled"])
-def test_names_that_no_contender_has_are_refused(name: str) -> None:
+def test_names_that_no_contender_has_and_peers_of_several_processes_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="--methods: "):
         chosen(["full", "remora_int8_compiled", name], 1)
-
-
-def test_peers_run_in_one_process_only() -> None:
     with pytest.raises(ConfigError, match="--methods: plain runs only in one process"):
         chosen(["plain"], 2)

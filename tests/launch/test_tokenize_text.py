@@ -48,14 +48,6 @@ def test_any_number_of_processes_writes_the_same(inputs: Path, tmp_path: Path, t
     assert left_in(tmp_path / "1") == [".lock", *(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
 
 
-def test_a_folder_of_text_files_says_how_they_are_split(tmp_path: Path, tokenizer_path: str) -> None:
-    (tmp_path / "text.txt").write_text("one paragraph\n\nanother\n")
-    flags = (f"--tokenizer={tokenizer_path}", "--processes=1")
-    answer = call(TOKENIZE, tmp_path / "text.txt", tmp_path / "out", *flags)
-    assert answer.code == 0 and "1 file of text, split at blank lines" in answer.out
-    assert "of 2 documents" in answer.out
-
-
 def test_a_second_call_makes_only_missing_files(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
     out = tmp_path / "out"
     answer = make(inputs, out, tokenizer_path)

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from typing_extensions import is_typeddict
 
 from relora_mora.config.explain import model_in
 from relora_mora.config.schema import Config
@@ -78,7 +79,7 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {_values(arguments[0], [])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {_values(arguments[0], [])}"
-    if origin is dict:
+    if origin is dict or is_typeddict(annotation):
         return "names and values"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "records (below)"

@@ -79,7 +79,7 @@ def _refusal(*values: Value) -> str | None:
 
 
 def _uses(method: Value, value: Value) -> bool:
-    return value.setting not in settings_of_others(METHODS, METHODS[method.shown])
+    return value.setting not in settings_of_others(METHODS[method.shown])
 
 
 def _refused() -> Iterator[tuple[Value, Value, str]]:

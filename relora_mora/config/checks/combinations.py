@@ -5,12 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from relora_mora.config.checks.data import data_faults, misnamed_metric, missing_metric
-from relora_mora.config.checks.deepspeed import deepspeed_faults
 from relora_mora.config.checks.method import METHOD_RULES, own_faults
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.registry import (
-    MATRIX_OPTIMIZERS,
     METHODS,
+    MUON_SETTINGS,
     RULE_SETTINGS,
     is_own,
     optimizer_named,
@@ -24,7 +23,6 @@ BESIDE_ADAPTERS = (
     *("method.train_embeddings", "method.train_norms", "method.train_head"),
 )
 SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
-
 TASK_SETTINGS = ("eval.tasks_every_steps", "eval.task_data", "eval.num_fewshot", "eval.limit")
 
 # how a run is executed and watched; its result does not depend on these settings
@@ -58,7 +56,7 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 
     ``settings`` are all settings of a run, by dotted name. An unknown method or optimizer is assumed to use all.
     """
-    matrices, others, method = (settings[name] for name in ("optim.matrices", "optim.others", "method.name"))
+    matrices, method = settings["optim.matrices"], settings["method.name"]
     record = METHODS.get(method)
     unused: dict[str, str] = {}
     if settings["method.reset"] not in ("magnitude", "random"):
@@ -71,7 +69,6 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
         unused["optim.decay_steps"] = f"optim.schedule={settings['optim.schedule']}"
     if not (settings["method.train_embeddings"] or settings["method.train_head"]):
         unused["optim.others"] = "a run that trains neither embeddings nor head"
-        others = "adamw"
     if not settings["eval.tasks"]:
         unused |= dict.fromkeys(TASK_SETTINGS, "a run without eval.tasks")
     if settings["method.base"] not in ("int8", "fp8"):
@@ -81,11 +78,11 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
             unused["optim.lr_other"] = "a run that trains only adapters"
         if record.adapter.has_square and settings["method.square_size"] is not None:
             unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
-    cause = f"optim.matrices={matrices}" + ("" if others == "adamw" else f" with optim.others={others}")
-    unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *map(optimizer_named, (matrices, others))), cause)
+    if matrices != "muon" and optimizer_named(matrices) is not None:
+        unused |= dict.fromkeys(MUON_SETTINGS, f"optim.matrices={matrices}")
     if not is_own(matrices):
         unused |= dict.fromkeys(RULE_SETTINGS, f"optim.matrices={matrices}")
-    return unused | dict.fromkeys(settings_of_others(METHODS, record), f"method {method}")
+    return unused | dict.fromkeys(settings_of_others(record), f"method {method}")
 
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
@@ -95,7 +92,6 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from broken_rules(METHOD_RULES, config)
     yield from own_faults(config.method)
     yield from data_faults(config)
-    yield from deepspeed_faults(config)
     if world_size is not None:
         sizes = {"batch": config.train.batch_size, "micro": config.train.micro_batch_size, "lanes": config.lanes}
         yield from broken_rules(RANK_RULES, SimpleNamespace(**sizes, ranks=world_size))
@@ -126,23 +122,17 @@ def _length_faults(config: Config) -> Iterator[Fault]:
 
 def _without_best(config: Config) -> str | None:
     """Why a run does not have its metric for the best checkpoint, or has it only once."""
-    metric = config.checkpoint.keep_best
+    metric, scored = config.checkpoint.keep_best, config.eval
     if metric is None:
         return None
-    every_steps = config.eval.every_steps
-    if metric.startswith("tasks/"):
-        if not config.eval.tasks:
-            return "no tasks are scored; name them in eval.tasks"
-        every_steps = config.eval.tasks_every_steps if config.eval.tasks_every_steps is not None else every_steps
-    elif fault := misnamed_metric(metric):
+    of_tasks = metric.startswith("tasks/")
+    if of_tasks and not scored.tasks:
+        return "no tasks are scored; name them in eval.tasks"
+    if not of_tasks and (fault := misnamed_metric(metric)):
         return f"{fault}, or tasks/TASK/METRIC"
-    elif fault := missing_metric(config, metric):
-        return fault
-    return (
-        None
-        if every_steps
-        else "only the last checkpoint has a value; set eval.every_steps (of tasks: eval.tasks_every_steps)"
-    )
+    often = scored.tasks_every_steps if of_tasks and scored.tasks_every_steps is not None else scored.every_steps
+    seldom = "" if often else "only the last checkpoint has a value; set eval.every_steps or eval.tasks_every_steps"
+    return (None if of_tasks else missing_metric(config, metric)) or seldom
 
 
 # fmt: off

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 from relora_mora.config.data import CONVERSATIONS, DataConfig, TextSource, is_mixture, set_setting
 from relora_mora.config.schema import Config
@@ -14,22 +15,21 @@ def _shared_labels(data: DataConfig) -> list[str]:
     return [label for label, count in counts.items() if label and count > 1]
 
 
-def _lengths_of_text(data: DataConfig) -> set[str]:
-    """What happens to long rows in the sources of plain text."""
-    contents = map(data.records_of, data.train)
-    return {records.too_long if records else "cut" for records in contents if records is None or records.is_text}
+def _has_one_text(config: Config) -> bool:
+    return len(config.data.train) == 1 or not config.data.is_mixture
 
 
 def _is_joined(data: DataConfig) -> bool:
     return data.concatenate and is_mixture(data.train)
 
 
-def _has_one_text(config: Config) -> bool:
-    return len(config.data.train) == 1 or not config.data.is_mixture
-
-
-def _has_answers(data: DataConfig) -> bool:
-    return any(data.has_whole_answers(data.records_of(source)) for source in data.sources("validation"))
+def _differs_within(data: DataConfig) -> list[str]:
+    """What the sources of one text have different values of."""
+    contents = [data.records_of(source) for source in data.train if _is_joined(data)]
+    long = {each.too_long if each else "cut" for each in contents if each is None or each.is_text}
+    packing = {data.packing_of([each]) for each in contents}
+    found: dict[str, set[Any]] = {"data.packing": packing, "records.too_long": long}
+    return [name for name, values in found.items() if len(values) > 1]
 
 
 SHARES = ("exact_match", "character_accuracy")  # of the generated answers; more is better
@@ -60,11 +60,11 @@ def missing_metric(config: Config, metric: str) -> str | None:
     return None
 
 
-def _named_in_source(source: TextSource, part: int) -> str | None:
-    """The configuration (1) or the split (2) that ``OWNER/NAME:CONFIG:SPLIT`` names."""
-    if "://" in source.source or source.source.startswith("hub:"):
-        return None
-    return dict(enumerate(source.source.split(":"))).get(part)
+def _named_twice(source: TextSource) -> list[str]:
+    """Of the configuration and the split that ``OWNER/NAME:CONFIG:SPLIT`` names, those that the record names, too."""
+    is_set = "://" not in source.source and not source.source.startswith("hub:")
+    parts = zip(("config", "split"), source.source.split(":")[1:], strict=False)
+    return [key for key, named in parts if is_set and named and getattr(source, key) is not None]
 
 
 def _unknown_columns(c: SimpleNamespace) -> list[str]:
@@ -82,12 +82,9 @@ DATA_RULES = (
     Rule("data.train",
          lambda c: c.data.is_mixture and not any(source.weight for source in c.data.train),
          "all weights are 0; give at least one source a positive weight"),
-    Rule("data.packing data.concatenate data.train",
-         lambda c: _is_joined(c.data) and len({c.data.packing_of_source(each) for each in c.data.train}) > 1,
-         "sources of text and of records are packed differently by default; set data.packing for all of them"),
-    Rule("data.concatenate data.train",
-         lambda c: _is_joined(c.data) and len(_lengths_of_text(c.data)) > 1,
-         "sources of plain text have different values of records.too_long; give all of them the same one"),
+    Rule("data.concatenate data.packing data.records data.train",
+         lambda c: _differs_within(c.data),
+         "the sources of one text have different values of {found}; set the same one for all of them"),
     Rule("data.stages data.train",
          lambda c: c.data.stages and not c.data.is_mixture,
          "stages change the weights of a mixture, but data.train is not a mixture; give it as a list of records "
@@ -96,17 +93,15 @@ DATA_RULES = (
          lambda c: c.data.document_mask and c.data.packing == "none",
          "with data.packing=none each sequence holds one row, so there is nothing to mask; leave it out"),
     Rule("eval.generate data.records data.packing data.validation",
-         lambda c: c.eval.generate and not _has_answers(c.data),
+         lambda c: c.eval.generate
+         and not any(c.data.has_whole_answers(c.data.records_of(each)) for each in c.data.sources("validation")),
          "there are no answers to generate; use records with data.records.score=answers "
          "and data.packing=whole or none, or set it to 0"),
 )
 SOURCE_RULES = (
-    Rule("{at}.config {section}",
-         lambda c: c.source.config is not None and _named_in_source(c.source, 1),
-         "it is {c.source.config}, but the source {c.source.source} names {found}; give only one of them"),
-    Rule("{at}.split {section}",
-         lambda c: c.source.split is not None and _named_in_source(c.source, 2),
-         "it is {c.source.split}, but the source {c.source.source} names {found}; give only one of them"),
+    Rule("{at} {section}",
+         lambda c: _named_twice(c.source),
+         "the source {c.source.source} names its {found}, too; give it only once"),
     Rule("{at}.name data.train",
          lambda c: c.of_train and is_mixture(c.run.data.train) and not c.source.label,
          "no name for metrics follows from {c.source.source}; set one, e.g. name: web"),

@@ -107,7 +107,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 def _unused_settings(saved: str, now: str) -> set[str]:
     """Settings that the method of the saved run did not use, and ``method.name`` if both have the same adapter."""
     before, after = METHODS[saved], METHODS[now]
-    unused = set(settings_of_others(METHODS, before))
+    unused = set(settings_of_others(before))
     return unused | ({"method.name"} if before.adapter is after.adapter else set())
 
 

@@ -113,7 +113,7 @@ class Reporting:
 
     @cached_property
     def flops_per_token(self) -> float:
-        return flops_per_token(self.run.inputs.model_config, self.config).total
+        return flops_per_token(self.run.inputs.model_config, self.config)
 
     @cached_property
     def peak_flops(self) -> float:

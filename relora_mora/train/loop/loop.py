@@ -27,7 +27,7 @@ from relora_mora.system.logs import counted, log
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress, next_commands
+from relora_mora.train.log.progress import Progress
 from relora_mora.train.log.report import Metrics
 from relora_mora.train.loop.evaluating import Evaluating
 from relora_mora.train.loop.events import Parts, Reporting, merge, save, save_final, save_if_due
@@ -236,7 +236,6 @@ def end(parts: Parts, state: RunState, code: int) -> int:
     save_final(parts, state)
     if code == FINISHED:
         log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {parts.writer.folder}")
-        log.info(next_commands(parts.config.train.run_dir))
     else:
         saved = "saved; the same command continues from here" if state.step else "there is nothing to save yet"
         log.info(f"{saved} (exit code {code})")
