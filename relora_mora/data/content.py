@@ -86,7 +86,7 @@ def _content(shard: Shard) -> str:
         raise SourceError(f"{shard.location} is not {shard.format.name} or was cut short; fetch or write it again")
     digest = xxhash.xxh3_128_hexdigest(samples)
     if shard.tokens is not None and digest != shard.tokens.totals.digest:
-        raise SourceError(f"{shard.location} has changed since its tokens were made; remove it: {COMMAND}")
+        raise SourceError(f"{shard.location} has changed since its tokens were made; make it again: {COMMAND}")
     return digest
 
 

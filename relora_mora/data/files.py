@@ -11,7 +11,7 @@ from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.shard import COMPRESSED, Shard, Version
 
 READ_BYTES = 1 << 16  # of a file at a time
-FEED_BYTES = 1 << 13  # decompressed at once; their text is at most 8 MiB from gzip, 256 MiB from zstd
+FEED_BYTES = 1 << 15  # decompressed at once; their text is at most 32 MiB from gzip, 1 GiB from zstd
 ZSTD_WINDOW_BYTES = 1 << 31  # the largest window that zstd writes (--long=31)
 GZIP_MAGIC = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"

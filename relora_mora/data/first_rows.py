@@ -15,7 +15,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import Cursor, Part, lane_parts
 from relora_mora.data.read import open_rows, rows_in_order, scored_mask
 from relora_mora.data.records.encoders import packing_of
-from relora_mora.data.rows import FEWEST_ROWS, Ids, RecordsFound, Scored
+from relora_mora.data.rows import FEWEST_ROWS, Ids, JudgedRows, RecordsFound, Scored
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.lane import Lane
@@ -35,7 +35,7 @@ _PLAIN = "\x1b[0m"
 def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     """Reads the first rows of one file of each folder and format, for mistakes that concern whole files.
 
-    Such a file lacks the columns that are read, or is one JSON array. Raises SourceError.
+    Such a file lacks the columns that are read, is one JSON array, or begins with bad rows only. Raises SourceError.
     """
     samples = {
         (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
@@ -44,8 +44,12 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     }
     for shard in samples.values():
         with closing(open_rows(config, shard, note=_ignore)) as rows:
-            if len(rows.take(_FIRST_ROWS)) < _FIRST_ROWS:
+            assert isinstance(rows, JudgedRows), "tokens are left out above"
+            first = rows.take(_FIRST_ROWS)
+            if len(first) < _FIRST_ROWS:
                 rows.take(1)  # reaches the end, where the file is checked as a whole
+            if first and rows.bad == len(first):
+                raise rows.fault()
 
 
 def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:

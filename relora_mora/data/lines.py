@@ -32,6 +32,7 @@ class LineRows(JudgedRows):
 
     def __init__(self, *given: Any, **share: Any) -> None:
         super().__init__(*given, **share)
+        self._file.peek()  # the error of a disk that is gone names the file
         self._size = self._file.seek(0, io.SEEK_END)
         self._file.seek(0)
         entries, self._read = self._format(open_text(self._file, self._shard))
@@ -138,7 +139,7 @@ def read_document(entry: bytes) -> str | Skipped:
     if b"\0" in entry:
         return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
     try:
-        text = entry.decode("utf-8-sig")
+        text = entry.decode().removeprefix("\ufeff")  # the codec utf-8-sig is slow
     except UnicodeDecodeError:
         return Skipped("invalid_utf8")
     if text and not text.strip(BLANK):
@@ -173,7 +174,7 @@ def _checked(fields: dict[str, str]) -> dict[str, str] | Skipped:
     for text in fields.values():
         if "\0" in text:
             return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
-        if not is_encodable(text):
+        if not (text.isascii() or is_encodable(text)):
             return Skipped("invalid_utf8")
     return fields
 

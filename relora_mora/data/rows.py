@@ -134,7 +134,7 @@ class JudgedRows(ABC):
             self._note(f"{self._shard.label} is empty; skipped")
         # a shard of nothing but bad rows, however small it is
         if not rows and self.bad == self._next > self._config.max_bad_fraction * self._next and self._stride == 1:
-            raise self._error()
+            raise self.fault()
         return rows
 
     def _count(self, number: int, skipped: Skipped) -> None:
@@ -145,9 +145,10 @@ class JudgedRows(ABC):
         if self._noted[skipped.reason] <= NOTES_PER_REASON:
             self._note(f"{self._shard.label}: {self._last}; skipped")
         if too_many(self.bad, self._next, self._config.max_bad_fraction):
-            raise self._error()
+            raise self.fault()
 
-    def _error(self) -> SourceError:
+    def fault(self) -> SourceError:
+        """The error of a file with too many bad rows, which names the last one."""
         last = f"; {self._last}" if self._last else ""
         if self._noted["no_text"] and not self._shard.holds_records:
             last += f" ({_OTHER_KEYS})"

@@ -73,7 +73,7 @@ def test_a_missing_package_is_not_a_traceback() -> None:
         ("model.config={}/rubbish", "model.config: not JSON"),
         ("model.overrides.num_attention_heads=7", "number of attention heads (7)"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
-        ("method.square_size=41", "method.square_size: the adapters have 23,534 parameters, more than the"),
+        ("method.square_size=41", "method.square_size: R of 41 is larger than both widths of q_proj (24, 24)"),
     ],
 )
 def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:

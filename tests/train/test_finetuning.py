@@ -97,7 +97,7 @@ def test_a_file_that_names_model_text_and_folder_is_enough(pools, settings, tmp_
         (["--model.init_from=nowhere"], ["model.init_from: nowhere does not exist"]),
         (["--model.init_from=/", "--show=1"], ["model.init_from: / holds neither a config.json nor checkpoints"]),
         (["--data.validation=nowhere.jsonl", "--show=1"], ["nowhere.jsonl"]),
-        (["--method.name=remora", "--method.reset=carry"], ["method.reset: carry", "method.operators has 6; set"]),
+        (["--method.name=remora", "--method.reset=carry"], ["method.reset: carry", "unlike 6; set method.operators"]),
         (["--tokenizer.path=nowhere", "--show=1"], ["nowhere: not found; expected a folder with tokenizer.model"]),
         (
             ["--model.init_from=null"],

@@ -124,7 +124,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
             "records={kind: text}",
             'has no "text", only messages (set data.text_column to the key of the texts, or data.records',
         ),
-        ("records.kind=sharegpt", 'one has no "conversations" (data.records.columns), only messages'),
+        ("records.kind=sharegpt", 'has no "conversations" (data.records.columns), only messages'),
         (
             "sequence_length=4",
             "none of 120 records can be used (over_length: 117, no_answer: 3); for instance train.jsonl, line ",

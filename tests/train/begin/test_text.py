@@ -97,7 +97,7 @@ def test_tokens_of_another_tokenizer_are_reported_with_other_faults(
     train, validation = raised.value.faults
     assert "no file matches" in validation
     assert train.startswith(f"data.train: {out} holds tokens of another tokenizer than ")
-    with pytest.raises(SourceError, match="holds tokens of another tokenizer"):
+    with pytest.raises(ConfigError, match="holds tokens of another tokenizer"):
         open_text(changed(config, "data", validation=str(out)))
 
 
