@@ -1,7 +1,5 @@
 """The files that the repository's host reads follow their schemas, and SECURITY.md is true of the code."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

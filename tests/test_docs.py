@@ -1,7 +1,5 @@
 """The documents name only what exists: links, files, settings, tags, options; and their launches can start."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import shlex

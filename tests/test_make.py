@@ -1,7 +1,5 @@
 """make: how it recognizes its own environment, with a stand-in for Python that installs nothing, and its release."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Operators against the released numbers and against explicit matrices."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """docs/promises.md names what the code has."""
 
-from __future__ import annotations
-
 import configparser
 import importlib
 import re

@@ -1,7 +1,5 @@
 """The clock against the released numbers, and against tables around every boundary."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -1,7 +1,5 @@
 """The documentation site, without building it: its pages, and where links lead. `make docs` finds broken links."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Iterator

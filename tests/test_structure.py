@@ -1,7 +1,5 @@
 """The written order of the modules, and who may import DeepSpeed."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import importlib

@@ -1,7 +1,5 @@
 """The tutorials and the notebook do what they say, with changes that make them short: `make test-extras`."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

@@ -71,7 +71,7 @@ class LineRows(JudgedRows):
 
 
 def lines_in(text: BinaryIO, limit: int) -> Iterator[Line]:
-    """The lines of a text, of which the last one may have no newline."""
+    """The lines of a text. The last one may have no newline."""
     while line := text.readline(limit + 1):
         size = len(line.removesuffix(b"\n"))
         if size <= limit:

@@ -201,7 +201,7 @@ class RecordsFound:
         return ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())
 
     def check_usable(self, name: str) -> None:
-        """Raises SourceError if there were rows, none of which can be used."""
+        """Raises SourceError if there were rows and none can be used."""
         if self.seen and self.left_out.total() == self.seen:
             [(reason, _)] = self.left_out.most_common(1)
             remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct data.records"

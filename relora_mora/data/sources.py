@@ -161,7 +161,7 @@ def _check_suffix(path: str, source: str) -> None:
 
 
 def public_url(url: str) -> str:
-    """The url without user, password, query and fragment, all of which may be secret. Raises ValueError."""
+    """The url without user, password, query and fragment, which may be secret. Raises ValueError."""
     parts = urlsplit(url)
     assert parts.port is None or parts.port >= 0  # raises for a port that cannot be one
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,7 +1,5 @@
 """The files of a checkpoint: complete, damaged, from a stranger, and after a kill."""
 
-from __future__ import annotations
-
 import errno
 import math
 import os

@@ -1,7 +1,5 @@
 """If its newest checkpoints are damaged, a run continues from the newest complete one and says why."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

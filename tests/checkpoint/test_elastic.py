@@ -4,8 +4,6 @@ The reference is one run per method that never moved, on one rank at stage 0: th
 same losses within 1e-5. Runs that never moved differ from each other by up to 3e-7 in 25 steps.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import shutil

@@ -1,7 +1,5 @@
 """A checkpoint that cannot be written is reported once and leaves no files; training and other saves continue."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

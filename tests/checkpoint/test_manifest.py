@@ -1,7 +1,5 @@
 """The manifest of a checkpoint: every bit is protected, and a hostile manifest is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """A run in an object store: what is sent, what comes back, and what happens if the store fails or has another owner."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

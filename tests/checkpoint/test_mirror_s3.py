@@ -1,7 +1,5 @@
 """The mirror of a run at a real S3 server (``make test-extras``)."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

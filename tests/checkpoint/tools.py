@@ -1,7 +1,5 @@
 """Small complete checkpoints, and changes to their manifests."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

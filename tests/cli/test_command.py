@@ -1,7 +1,5 @@
 """Command lines: raw text, every mistake before anything starts, one message and no traceback."""
 
-from __future__ import annotations
-
 import errno
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The command lines that users type: exit code, and what the answer names. Nothing starts, nothing is left behind."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import shlex

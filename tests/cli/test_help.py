@@ -1,7 +1,5 @@
 """The help of relora-mora: every argument of every command in one group, and examples that can be started."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Ctrl-C and other signals end a command with one message, whatever it is doing."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,8 +1,6 @@
 """launch/pretrain.py that writes down what each rank trains on: a line per step, [step, [hash of each sequence,
 ...]]."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

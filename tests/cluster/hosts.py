@@ -5,8 +5,6 @@ ends every process of the hosts, and the namespaces and the link between them go
 machine is changed: what a host needs in /etc, /run and /dev/shm is mounted over in its own mount namespace.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Runs on the two hosts: one configuration that every launcher trains, and what it ended with."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -4,8 +4,6 @@ Both hosts are on this machine and share its cores, so the time without a limit 
 with one core per rank.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Slurm cluster on the two hosts: slurmctld and munged on the first, slurmd and munged on both."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The same run, started on two hosts, is bit for bit the one of a single host with as many ranks."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.cluster.runs import PRETRAIN, deepspeed, same_end, torchrun

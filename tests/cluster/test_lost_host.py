@@ -1,7 +1,5 @@
 """A host that is cut off in the middle of a run, as by a pulled cable: no reset, no signal, only silence."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,8 +1,6 @@
 """launch/slurm/pretrain.sbatch with fakes in the place of Slurm and of the trainer: what it decides. test_slurm.py runs
 it for real."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

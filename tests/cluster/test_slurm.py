@@ -1,8 +1,6 @@
 """launch/slurm/pretrain.sbatch, as shipped, on a Slurm of two nodes: what only options of sbatch change is what nodes
 without GPUs need."""
 
-from __future__ import annotations
-
 import re
 import signal
 import sys

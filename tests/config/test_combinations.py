@@ -1,7 +1,5 @@
 """Settings that are wrong together, each of which names what to change; and settings that just work together."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Settings: what is accepted, what is refused, and the messages."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Any file and any override gives settings or a list of faults, never another exception."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

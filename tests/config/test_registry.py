@@ -1,7 +1,5 @@
 """The records of methods and operators name what exists, and reading the settings needs nothing else."""
 
-from __future__ import annotations
-
 from pkgutil import resolve_name
 
 from relora_mora.adapters.inject import layer_class

@@ -1,7 +1,5 @@
 """Settings and values of release 0.2 that are gone are refused by name, with what replaces them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

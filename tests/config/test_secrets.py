@@ -1,7 +1,5 @@
 """No token or password gets into settings, and no message repeats one."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any

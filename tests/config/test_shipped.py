@@ -1,7 +1,5 @@
 """Every shipped config loads, and says what the papers say."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Shipped settings by name, from any folder; ``relora-mora configs`` lists and copies them."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The content of a settings file, and the meaning of its paths and patterns."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

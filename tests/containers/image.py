@@ -8,8 +8,6 @@ IMAGE_FOLDER keeps the images there and takes them from there the next time; BAS
 instead of the Debian that is made on the spot.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

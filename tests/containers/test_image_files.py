@@ -1,7 +1,5 @@
 """Checks of the image and the compose file that need no build."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

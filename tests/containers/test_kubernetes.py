@@ -1,8 +1,6 @@
 """The files for Kubernetes: schemas, what belongs together in them, and the Job's own command as two pods on this
 machine."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

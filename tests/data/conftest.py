@@ -1,7 +1,5 @@
 """Fixtures of the tests of the data package."""
 
-from __future__ import annotations
-
 import pytest
 
 from relora_mora.data import network

@@ -1,7 +1,5 @@
 """Tools that show records as tokens and which of these are scored."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from relora_mora.config.data import RecordsConfig

@@ -1,7 +1,5 @@
 """Training streams for the tests of the data package."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

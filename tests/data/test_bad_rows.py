@@ -1,7 +1,5 @@
 """Bad lines are counted by reason, named, skipped up to a limit, and the same on every resume."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Files with groups of rows (Parquet, Arrow): each row once, every type of string, damage, memory, a bad network."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import random

@@ -1,7 +1,5 @@
 """Samples of the text are enough to notice other text under the same names and sizes."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import random

@@ -1,7 +1,5 @@
 """The bytes of local files, as they were at the start, and the text of plain, compressed and damaged ones."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Records that cannot be learned from are reported before a run; single bad ones are named, counted and skipped."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Held-out text: the same tokens scored once on any number of ranks."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

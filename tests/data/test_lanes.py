@@ -1,7 +1,5 @@
 """Lanes read every document once per epoch, pack without loss, and resume anywhere at the very next token."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Which lines, documents and rows of CSV hold a text, and the reasons why others do not."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

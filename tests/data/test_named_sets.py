@@ -3,8 +3,6 @@
 Of the hub: one request for a commit and for a list of files, the token for nobody else, one clear error for each fault.
 """
 
-from __future__ import annotations
-
 import itertools
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Over http and in stores a fault that passes changes no byte, and a fault that stays is one clear error."""
 
-from __future__ import annotations
-
 import random
 import time
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Source patterns become shards, or one clear error."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Each test restores the environment, which joining changes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from unittest import mock

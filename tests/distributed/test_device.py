@@ -1,7 +1,5 @@
 """The device of each rank: which GPU it is, what is refused, and that it is bound before the ranks connect."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import Any

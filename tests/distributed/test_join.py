@@ -1,7 +1,5 @@
 """How the ranks of a job find and join each other."""
 
-from __future__ import annotations
-
 import importlib
 import resource
 import socket

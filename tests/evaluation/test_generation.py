@@ -1,7 +1,5 @@
 """Greedy generation as transformers does it, and how generated answers are compared."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

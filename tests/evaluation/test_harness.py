@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness: local tasks against a count by hand, and one-line messages for what is missing."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

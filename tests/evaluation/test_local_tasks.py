@@ -1,7 +1,5 @@
 """Tasks on local files: their rows, messages about unsuitable ones, and which generated answers are right."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Held-out loss: any causal LM of transformers, any batch size, and bits per byte by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows for the tasks on local files, and a task of one's own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The tables of docs/experiments.md: perplexities are those of the kept runs, and ratios follow from them."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, field

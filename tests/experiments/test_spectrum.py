@@ -1,7 +1,5 @@
 """Singular values of updates: LoRA's rank is its adapters', ReLoRA's the sum of its merges', MoRA's up to R."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 KILLS is the number of kills (``make test-kill``: 100), KILL_SEED makes a sequence again; the seed is printed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

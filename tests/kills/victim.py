@@ -1,8 +1,6 @@
 """launch/pretrain.py that writes what it is doing into a file and slows down at critical moments, so that a kill can be
 aimed."""
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Bad input to a command: one clear message and exit code 2. Checkpoints: tests/train/begin/test_bad_input.py."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What a command writes is whole or absent, on any disk."""
 
-from __future__ import annotations
-
 import os
 import stat
 from pathlib import Path

@@ -1,8 +1,6 @@
 """launch/benchmark steps on a model of 0.4 million parameters: tables, JSON, and relations between methods that must
 hold."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """relora-mora board: TensorBoard shows the points of a run at the printed address."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

@@ -1,7 +1,5 @@
 """relora-mora compare: the table on stdout, the files, and bad input in one message."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import shlex

@@ -1,7 +1,5 @@
 """The demo, as far as it can be tried without its text and minutes of training."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The demo's corpus: real prose from source files, held out by file, the same every time."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whatever the settings say, a run makes its first step or is refused with one message."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """``relora-mora sample``: the continuation of a text on stdout."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A real pretrained LLaMA out of the package index."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """relora-mora study: what it says of bad arguments; `make study-smoke` runs it."""
 
-from __future__ import annotations
-
 import gzip
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """relora-mora tokenize: what it writes, that it continues after a stop, and how it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Training a tokenizer: what is fed to sentencepiece, the sample, messages, the program."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The pairs of the memory task: the same bytes everywhere."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

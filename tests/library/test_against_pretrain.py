@@ -1,7 +1,5 @@
 """A loop of one's own trains bit for bit as the trainer does on the same batches, through merges and a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest import mock

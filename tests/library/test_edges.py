@@ -1,7 +1,5 @@
 """Uses of the library that its examples do not show."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The examples run as their README says, and print what it promises."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """The callback for Hugging Face's Trainer: it merges, resumes exactly, and leaves checkpoints loadable."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import shutil

@@ -1,7 +1,5 @@
 """The library is light to import: the package alone is nothing, and no name of it brings DeepSpeed."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

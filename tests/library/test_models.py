@@ -1,7 +1,5 @@
 """attach(), merges and merged() on models of several kinds, with every method, operator and reset."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

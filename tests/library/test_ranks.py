@@ -1,7 +1,5 @@
 """DDP, FSDP2 and a DeepSpeed engine of the user train as one process does, and all ranks keep the same bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

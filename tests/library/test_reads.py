@@ -1,7 +1,5 @@
 """Models that multiply with the weights of their linears themselves: they train, and merges keep their function."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What the library cannot do is one error that says what was given, what was expected, and what to do."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Derivatives, traces and copies of a model with adapters agree with those of its merged copy, or are refused."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Models of families that the package does not know: each is asked for what it is, and compared with transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Attention by document boundaries, with one call per document in place of flash attention, compared with a mask."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

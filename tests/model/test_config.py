@@ -1,7 +1,5 @@
 """Every key of a model's config is honored, kept for the export, left out, or refused with a remedy."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A LLaMA's hidden states, documents and initial values, and the loss in chunks compared with plain cross-entropy."""
 
-from __future__ import annotations
-
 from unittest import mock
 
 import pytest

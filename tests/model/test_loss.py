@@ -1,7 +1,5 @@
 """The compiled loss against float64: values, gradients, nonfinite logits, and the same bits with any thread count."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -17,8 +17,6 @@ from tests.tools.helpers import ROOT
 from tests.tools.tiny import tiny_config
 
 SIGN = """
-from __future__ import annotations
-
 from relora_mora.optim.rules import MatrixRule, MatrixState
 
 

@@ -3,8 +3,6 @@
 WHEEL_ENVIRONMENT names an environment to use again instead of a new one.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

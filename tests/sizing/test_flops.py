@@ -1,7 +1,5 @@
 """Compares FLOPs from shapes with torch's count while a model trains."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Compares the planner's memory with the tensors of a real engine, at every stage and in both precisions."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 from unittest import mock

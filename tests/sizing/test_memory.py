@@ -1,7 +1,5 @@
 """Compares the planner's activations with the tensors that are alive while a model trains."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 from dataclasses import replace

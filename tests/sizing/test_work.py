@@ -1,7 +1,5 @@
 """The plan of optimizers of whole matrices: their state, their arithmetic, what is exchanged, and their scratch."""
 
-from __future__ import annotations
-
 from transformers import LlamaConfig
 
 from relora_mora.config.optim import OptimConfig

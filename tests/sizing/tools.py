@@ -1,7 +1,5 @@
 """What the tests of memory share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from relora_mora.config.load import validate

@@ -1,7 +1,5 @@
 """Signals, launchers, and records of ends, in small processes without torch."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

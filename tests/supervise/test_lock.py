@@ -1,7 +1,5 @@
 """The lock of a run folder: one trainer at a time, on this host and on others."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Two ranks without a launcher, and one is lost at a bad moment: how and how soon the other one ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Signals, lost ranks and launchers: how and how fast a job of two processes ends, and that it continues later."""
 
-from __future__ import annotations
-
 import re
 import signal
 import time

@@ -1,7 +1,5 @@
 """Which ranks are named when some are silent, make no progress, or a collective has failed."""
 
-from __future__ import annotations
-
 import datetime
 import io
 import sys

@@ -1,7 +1,5 @@
 """Bars: only on a terminal, only on the first rank, only after a while, and gone at the end."""
 
-from __future__ import annotations
-
 import io
 import os
 import pty

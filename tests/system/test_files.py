@@ -1,7 +1,5 @@
 """Small files are written whole or not at all; what is removed is never what a link points to."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a machine can do, asked of the device that is meant."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Freed memory is used again, and idle threads sleep soon; in fresh processes, as neither can be undone."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """The files of a run folder have names that users and scripts rely on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from relora_mora.system.run_folder import RunFile, RunFolder

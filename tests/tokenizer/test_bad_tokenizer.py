@@ -1,7 +1,5 @@
 """Tokenizers that are refused: ambiguous ends of documents, other ids, and damaged files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adding tokens to a tokenizer of either kind: old ids stay, texts round-trip, and the new tokens are used."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

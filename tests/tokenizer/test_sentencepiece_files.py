@@ -1,7 +1,5 @@
 """Files next to a sentencepiece model: which of them decides, templates, added tokens, and how texts begin."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The tokenizer is exact: sentencepiece's ids on every way in and out, and nothing in a text is a special token."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -16,7 +16,7 @@ FAILURES = (Exception, BaseExceptionGroup, pytest.fail.Exception)
 def each(names: str | Sequence[str], rows: Iterable[Any]) -> Callable[[Test], Test]:
     """Calls the test for every row, also after one has failed, and names the rows that failed.
 
-    For a rule with many cases, of which ``pytest.mark.parametrize`` would make as many tests. For every row,
+    For a rule with many cases, which ``pytest.mark.parametrize`` would make as many tests. For every row,
     ``tmp_path`` is a new folder, ``capsys`` and ``caplog`` are empty, and ``monkeypatch`` is undone after it.
     """
     keys = names.replace(",", " ").split() if isinstance(names, str) else list(names)

@@ -1,7 +1,5 @@
 """Whole runs of models of other families: as plain torch trains them, to the bit after a stop, and exported."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs with compiled layers train like those without, and compile everything before the first step."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

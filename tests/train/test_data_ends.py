@@ -1,7 +1,5 @@
 """Data that fails for good in the middle of a run: all ranks save, say why, and continue when it is back."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """train.deterministic: what it switches, where, and when."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Iterator

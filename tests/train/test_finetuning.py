@@ -1,7 +1,5 @@
 """Fine-tuning: a folder, an export, a run or a checkpoint trains on unchanged, and anybody can load the result."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Answers that a run generates at its evaluations: the same on every ZeRO stage, and training does not see them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

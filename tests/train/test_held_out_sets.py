@@ -1,7 +1,5 @@
 """Named sets of held-out text: each is scored independently, and all of them in total."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run whose length is given in epochs of its text."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs on a mixture: exact after stops, moves and rollbacks, and counted by source."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokens that are added to a tokenizer, and to a model: what stays, what trains, and what an export holds."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

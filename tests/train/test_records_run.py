@@ -1,7 +1,5 @@
 """A tiny run on records: it learns only answers, counts epochs, and resumes bit by bit on another number of ranks."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

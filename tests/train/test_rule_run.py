@@ -3,8 +3,6 @@
 Two rules of one's own, Muon and 8-bit AdamW.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every scored token of a step weighs the same, however they fall on micro-batches and ranks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

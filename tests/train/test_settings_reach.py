@@ -1,7 +1,5 @@
 """Which settings of model and data reach the evaluation; and that relora-mora evaluate sees what training saw."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Tasks that a run scores: the same on all ranks and after a stop, and training does not see them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

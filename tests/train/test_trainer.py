@@ -1,7 +1,5 @@
 """What a run leaves in its folder."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A run that begins with another model's weights begins with its loss, or is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adapters that are refused, each with one message."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """What an export says about itself: its card, the settings of ``generate``, its files, and what llama.cpp needs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

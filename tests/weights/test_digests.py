@@ -1,7 +1,5 @@
 """Digests of what runs begin with."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

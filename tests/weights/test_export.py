@@ -1,7 +1,5 @@
 """Exports: what plain transformers does with them, what they contain, and what replaces a damaged tokenizer."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import asdict

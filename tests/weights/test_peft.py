@@ -1,7 +1,5 @@
 """Adapters without their model: ours in PEFT, adapters of PEFT and of the released MoRA here, and refusals."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

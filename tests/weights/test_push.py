@@ -1,7 +1,5 @@
 """Uploads to a hub on loopback: what is checked before the merge, what arrives, and what is left after a failure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

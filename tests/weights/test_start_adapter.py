@@ -1,7 +1,5 @@
 """Runs that begin with an adapter, and the adapters that they export."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Files of records, and held-out records."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

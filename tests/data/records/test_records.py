@@ -1,7 +1,5 @@
 """Records of every kind are encoded to the right tokens and masks."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Chat templates: which one is used, which tokens are scored, tools, and messages that a template refuses."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

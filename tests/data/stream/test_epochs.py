@@ -1,7 +1,5 @@
 """Every row is learned once per epoch, also of concatenated sources with different kinds of rows."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter

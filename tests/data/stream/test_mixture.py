@@ -1,7 +1,5 @@
 """Mixtures: blocks by weight, for every lane, as a function of the step."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections import Counter

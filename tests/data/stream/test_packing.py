@@ -1,7 +1,5 @@
 """A lane packs rows with any encoder, and marks which tokens are scored."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

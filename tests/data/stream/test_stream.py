@@ -1,7 +1,5 @@
 """The global batches, states and counts are the same on any number of ranks and workers, after any stop."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Packing of whole rows: blocks by hand, mixtures with text, and the cache of tokens that a run makes first."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

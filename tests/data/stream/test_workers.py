@@ -1,7 +1,5 @@
 """Worker processes: what ends them, what does not, and the errors that the trainer gets."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """Pre-tokenized text and records: the same batches bit for bit, and refusals of what does not fit or is damaged."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Run folders with made-up metrics."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

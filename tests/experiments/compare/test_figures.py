@@ -1,7 +1,5 @@
 """The curves of the figures agree with the data; their looks are not tested."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Which runs belong together, and how the labels of the others differ."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What can be read from a run folder: tokens, held-out sets, and whether the run has finished."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The numbers of a row, and the table that shows them."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

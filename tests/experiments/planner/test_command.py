@@ -1,7 +1,5 @@
 """`relora-mora plan`: what it prints, as text and as JSON, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Collection

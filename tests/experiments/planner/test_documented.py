@@ -1,7 +1,5 @@
 """The table of plans in docs/clusters.md agrees with the output of its commands."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Compares the planner's bytes with the payloads of collectives in real two-rank steps."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The numbers of a plan, and its words."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """docs/recipes.md: every command has settings that a run accepts, and the row that its plan gives."""
 
-from __future__ import annotations
-
 import re
 import shlex
 

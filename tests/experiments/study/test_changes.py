@@ -1,7 +1,5 @@
 """A study that has changed since its runs began is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a study file stands for: its runs, their names, the choice of the best, and faults that are reported first."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

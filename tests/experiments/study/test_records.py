@@ -1,7 +1,5 @@
 """A study continues from only its records, for example on another machine."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a study runs, keeps and prints, with a stand-in for the trainer, and how it stops and continues."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

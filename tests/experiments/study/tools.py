@@ -1,7 +1,5 @@
 """A small study, and the stand-in for the script that trains."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 A run ends by itself unless its rate is 1 (it fails) or 2 (it waits to be stopped, and ends well at its second start).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Ranks that were given different things, or share no run folder, do not train; a data worker that hangs is missed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

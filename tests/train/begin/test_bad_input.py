@@ -1,8 +1,6 @@
 """Checkpoints and models that evaluate and export cannot use: the message names the file, and nothing half-written
 stays."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

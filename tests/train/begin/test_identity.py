@@ -1,7 +1,5 @@
 """What two runs differ in: between ranks, and between a checkpoint and a run that goes on from it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any

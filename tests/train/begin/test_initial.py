@@ -1,7 +1,5 @@
 """The start of a run: every weight is made once, by one rank, and a resume makes none."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

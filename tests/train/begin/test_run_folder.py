@@ -1,8 +1,6 @@
 """A run folder that cannot be written: at the start it is the user's mistake, later it ends no run before its last
 checkpoint."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run reads and what is not there: one error for all of it, with the command that makes it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loggers besides metrics.jsonl: the values they get, faults that do not end a run, and Weights & Biases."""
 
-from __future__ import annotations
-
 import importlib.machinery
 import importlib.util
 import logging
@@ -119,7 +117,7 @@ class Service:
 
     Settings = SimpleNamespace
 
-    def init(self, **given: Any) -> Service:
+    def init(self, **given: Any) -> "Service":
         self.made.append(given)
         return self
 

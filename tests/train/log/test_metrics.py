@@ -1,7 +1,5 @@
 """metrics.jsonl and TensorBoard say the same, and a resume leaves no step twice."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """Lines stay, bars are for terminals, each of the first steps has a line there; what to do with a finished run."""
 
-from __future__ import annotations
-
 import io
 import re
 import shlex

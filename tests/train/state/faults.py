@@ -1,7 +1,5 @@
 """Runs whose losses are made wrong at chosen batches."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs whose frozen weights are stored in 8 bits: resumes are bit-equal, and ``method.base`` may change at a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A resume with another tokenizer, other text or other settings: what is refused, and what is allowed."""
 
-from __future__ import annotations
-
 import gzip
 import shutil
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Between a stop and a resume nothing is lost: place in the data, what was about to happen, what there is to go back
 to."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run whose disk is lost goes on from its mirror, on another number of ranks, as if nothing had happened."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A resumed run is bit-equal to one that was never stopped: before, at and after a merge, on every stage."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Bad numbers on one rank: no rank steps, the run goes back and skips the data, and a kill changes nothing."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """A state is loaded from a checkpoint as it was saved."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 
