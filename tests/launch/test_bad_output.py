@@ -85,4 +85,4 @@ def test_disks_that_are_full_or_read_only(inputs: Path, tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "size=1m") as folder:
         refused(write_output(inputs, folder), f"{folder}: is a mount point")
     with disk(tmp_path / "disk", "ro") as folder:
-        refused(write_output(inputs, folder / "out"), f"{folder / 'out'}: Read-only file system")
+        refused(write_output(inputs, folder / "out"), f"{folder}/.out-", "Read-only file system")

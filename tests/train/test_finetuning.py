@@ -115,7 +115,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path
     refused(answer, "257 token ids, but the model has only 200", "use the tokenizer that the model was trained with")
     qwen2 = save(tmp_path / "qwen2", "qwen2", num_key_value_heads=1)
     (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}", f"--tokenizer.path={tokenizer_path}")
-    message = "saved next to a model of type qwen2, transformers gives other ids for it; use a tokenizer for that"
+    message = "transformers gives other ids for it once it is saved; next to a model, give a tokenizer for that type"
     refused(answer, f"{tokenizer_path}: {message}", notes=1)
 
 

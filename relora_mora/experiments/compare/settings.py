@@ -126,4 +126,5 @@ def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     model = TextSource if "source" in values else RecordsConfig if "kind" in values else None
     fields = {} if model is None else model.model_fields
     defaults = {name: field.get_default() for name, field in fields.items() if name not in ("source", "kind")}
+    defaults["at_max_epochs"] = "stop"  # of release 0.2
     return {name: each for name, each in values.items() if each is not None and each != defaults.get(name)}
