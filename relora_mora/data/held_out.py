@@ -140,12 +140,20 @@ def load_eval_set(
     names = ", ".join(source.source for source in as_sources(sources))
     rows: list[Encoded] = []
     masks: list[Mask] = []
-    left = math.inf if max_tokens is None else max_tokens
+    left = most = math.inf if max_tokens is None else max_tokens
     for row in rows_in_order(shards, config, tokenizer, packing, counts):
         mask = scored_mask(row, packing)
-        left -= int(mask.sum())
-        if left < 0 and rows:
+        size = int(mask.sum())
+        if size > left and rows:
+            if left > most / 2:
+                log.warning(
+                    "%s: only %s of at most %s tokens are scored, because the next document has %s; split the text "
+                    "(data.sample_by), or raise the limit (eval.max_tokens, --max_tokens)",
+                    names,
+                    *(f"{count:,}" for count in (most - left, most, size)),
+                )
             break
+        left -= size
         rows.append(row)
         masks.append(mask)
     if not rows:

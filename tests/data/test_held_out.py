@@ -107,3 +107,11 @@ def test_no_text_is_refused(tmp_path, tokenizer_path):
         eval_set(write_shard(tmp_path / "a.json", [""]), tokenizer_path)
     with pytest.raises(SourceError, match="no file matches"):
         eval_set(tmp_path / "gone.json", tokenizer_path)
+
+
+def test_a_long_document_that_leaves_most_of_the_text_unscored_is_named(tokenizer_path, tmp_path, caplog):
+    path = write_shard(tmp_path / "long.json", ["a short text", "and a very long one " * 100])
+    for max_tokens, warns in ((100, True), (20, False)):
+        caplog.clear()
+        eval_set(path, tokenizer_path, max_tokens=max_tokens)
+        assert [record.args[2] for record in caplog.records] == ["100"] * warns, (max_tokens, caplog.text)
