@@ -40,6 +40,7 @@ class LocalFile(io.FileIO):
             now = Version.on_disk(os.fstat(self.fileno()))
         except OSError as error:
             raise unreadable(self._place, error, "check the path, its permissions and its disk") from error
+        self.size = now.size
         if shard.version not in (None, now):
             self.close()
             raise SourceError(f"{self._place} was written since the start; use data that does not change")

@@ -32,9 +32,7 @@ class LineRows(JudgedRows):
 
     def __init__(self, *given: Any, **share: Any) -> None:
         super().__init__(*given, **share)
-        self._file.peek()  # the error of a disk that is gone names the file
-        self._size = self._file.seek(0, io.SEEK_END)
-        self._file.seek(0)
+        self._size: int = self._file.raw.size  # type: ignore[attr-defined]  # of a LocalFile or a BlockFile
         entries, self._read = self._format(open_text(self._file, self._shard))
         first = list(itertools.islice(entries, 1))
         self.is_empty = not first

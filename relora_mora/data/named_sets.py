@@ -191,7 +191,8 @@ def files_in(name: SetName, root: Path) -> list[str]:
     for pattern in itertools.chain(*map(expand_braces, name.patterns)):
         if {"/", ".."} & {*PurePosixPath(pattern).parts}:
             raise SourceError(f"{name.source}: {pattern} is not a pattern of files inside of the set")
-        found = [path for path in glob.glob(pattern, root_dir=root, recursive=True) if (root / path).is_file()]  # noqa: PTH207
+        matches = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - Path.glob takes no root_dir
+        found = [path for path in matches if (root / path).is_file()]
         if not found:
             raise SourceError(f"{name.source}: {name.place} holds no files {pattern}; check the pattern")
         files += sorted(found)

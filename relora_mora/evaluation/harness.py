@@ -73,7 +73,9 @@ class Ranks:
 def check_tasks(settings: TaskSettings) -> None:
     """Raises :class:`HarnessError` if lm-eval is not installed, or ``task_data`` does not have the rows of local
     tasks."""
-    at, data, shots = settings.at, settings.task_data, settings.num_fewshot
+    at = settings.at
+    data = settings.task_data
+    shots = settings.num_fewshot
     local = [name for name in settings.tasks if name in LOCAL_TASKS]
     if data is not None and not local:
         raise HarnessError(f"{at}task_data: only local tasks use it ({', '.join(LOCAL_TASKS)}); leave it out")

@@ -70,9 +70,7 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
         yield from _SENTENCE.findall(document)
 
 
-def train(
-    documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None
-) -> bytes:
+def train(documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995) -> bytes:
     """The content of a ``tokenizer.model``; raises TokenizerError if ``vocab_size`` does not fit the text."""
     model = io.BytesIO()
     try:
@@ -81,7 +79,7 @@ def train(
             model_writer=model,
             vocab_size=vocab_size,
             character_coverage=character_coverage,
-            num_threads=threads or min(16, os.cpu_count() or 1),
+            num_threads=min(16, os.cpu_count() or 1),
             **SETTINGS,
         )
     except (RuntimeError, ValueError, OSError) as error:

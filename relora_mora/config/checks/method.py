@@ -12,11 +12,11 @@ def _even_operators(method: MethodConfig) -> list[int]:
     return [operator for operator in method.cycle if OPERATORS[operator].even_size]
 
 
-def _cannot_carry(method: MethodConfig) -> list[int] | str:
-    """What has no groupings, from which ``carry`` follows."""
-    return sorted({operator for operator in method.cycle if not OPERATORS[operator].groupings}) or (
-        "" if method.uses_squares else method.name
-    )
+def _cannot_carry(method: MethodConfig) -> list[int] | list[str]:
+    """What has no groupings, on which ``carry`` rests: operators, or a method without squares."""
+    if not method.uses_squares:
+        return [method.name]
+    return sorted({operator for operator in method.cycle if not OPERATORS[operator].groupings})
 
 
 def _repeats(method: MethodConfig) -> bool:

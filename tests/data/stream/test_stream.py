@@ -181,7 +181,9 @@ def test_a_lane_without_text_is_refused_with_the_remedy(tmp_path, tokenizer_path
 def test_a_position_names_the_file_of_the_last_whole_document(tmp_path, tokenizer, tokenizer_path):
     for name in "abc":
         write_shard(tmp_path / f"{name}.json", [f"{name} " * 50])
-    read, before, after = [tokenizer.eos_token_id], {}, {}
+    read = [tokenizer.eos_token_id]
+    before = {}
+    after = {}
     with stream_of(data_config(tmp_path / "*.json"), tokenizer_path, batch_size=1, lanes=1) as stream:
         for _ in range(40):
             before, after = after, (batch := next(stream)).state
