@@ -11,7 +11,9 @@ from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.shard import COMPRESSED, Shard, Version
 
 READ_BYTES = 1 << 16  # of a file at a time
-FEED_BYTES = 1 << 15  # decompressed at once; their text is at most 32 MiB from gzip, 1 GiB from zstd
+# decompressed at once
+GZIP_FEED_BYTES = 1 << 15  # their text is at most 32 MiB
+ZSTD_FEED_BYTES = 1 << 13  # their text is at most 256 MiB
 ZSTD_WINDOW_BYTES = 1 << 31  # the largest window that zstd writes (--long=31)
 GZIP_MAGIC = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
@@ -62,12 +64,13 @@ def open_text(file: io.BufferedReader, shard: Shard) -> io.BufferedReader:
     file.seek(0)
     text = file
     if head.startswith(GZIP_MAGIC):
-        text = io.BufferedReader(Decompressed(file, shard, lambda: zlib.decompressobj(wbits=31)), READ_BYTES)
+        gzip = Decompressed(file, shard, lambda: zlib.decompressobj(wbits=31), GZIP_FEED_BYTES)
+        text = io.BufferedReader(gzip, READ_BYTES)
     elif _ZSTD_HEAD.match(head):
         import zstandard
 
         zstd = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
-        text = io.BufferedReader(Decompressed(file, shard, zstd.decompressobj), READ_BYTES)
+        text = io.BufferedReader(Decompressed(file, shard, zstd.decompressobj, ZSTD_FEED_BYTES), READ_BYTES)
     elif len(head) < 4 and shard.name.lower().endswith(COMPRESSED):
         raise _damaged(file, shard, "breaks off")
     if text.peek().startswith(BOM):
@@ -81,10 +84,11 @@ class Decompressed(io.RawIOBase):
     zstandard's own reader takes a file that breaks off for a whole one.
     """
 
-    def __init__(self, file: io.BufferedReader, shard: Shard, new_frame: Callable[[], Any]) -> None:
+    def __init__(self, file: io.BufferedReader, shard: Shard, new_frame: Callable[[], Any], feed_bytes: int) -> None:
         self._file = file
         self._shard = shard
         self._new_frame = new_frame
+        self._feed_bytes = feed_bytes
         self._frame = new_frame()
         self._data = b""  # what follows the frame
         self._text = memoryview(b"")
@@ -94,7 +98,7 @@ class Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._text:
-            data = self._data or self._file.read(FEED_BYTES)
+            data = self._data or self._file.read(self._feed_bytes)
             if self._frame.eof:
                 if not data:
                     return 0
