@@ -17,6 +17,7 @@ from relora_mora.config.load import dump
 from relora_mora.data.content import content_of
 from tests.tools.commands import TOKENIZE, Answer, call, disk, left_in, refused
 from tests.tools.data_tools import line, resolve_shards, some_texts, write_shard, write_shards
+from tests.tools.pool import Pools
 from tests.tools.runs import run_config, write_inputs
 
 pytestmark = pytest.mark.more
@@ -37,13 +38,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_any_number_of_processes_writes_the_same(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
+def test_any_number_of_processes_writes_the_same(
+    inputs: Path, tmp_path: Path, tokenizer_path: str, pools: Pools
+) -> None:
+    others = pools(1)(os.getpid)
     for processes in (1, 2):
         answer = make(inputs, tmp_path / str(processes), tokenizer_path, processes=processes)
         assert (answer.code, answer.err) == (0, "")
         assert "tokens of 200 documents" in answer.out and f"--data.train={tmp_path / str(processes)}" in answer.out
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert left_in(tmp_path / "1") == [".lock", *(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
+    assert pools(1)(os.getpid) == others, "it ended a process of somebody else"
 
 
 def test_a_second_call_makes_only_missing_files(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:

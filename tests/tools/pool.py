@@ -89,8 +89,11 @@ class Pool:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         begin = time.monotonic()
         what = f"{function.__name__}{args}"
-        for pipe in self.pipes:
-            pipe.send((function, args, kwargs))
+        try:
+            for pipe in self.pipes:
+                pipe.send((function, args, kwargs))
+        except BrokenPipeError:
+            raise self._broken(f"a rank had ended before {what}") from None
         while not all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes):  # an answer, or closed
             codes = [process.exitcode for process in self.processes]
             if codes != [None] * len(codes):

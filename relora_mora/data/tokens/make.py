@@ -208,7 +208,7 @@ def _in_processes(
             "A second call continues from the finished files"
         ) from None
     finally:
-        for process in multiprocessing.active_children():
+        for process in [*(pool._processes or {}).values()]:  # Python 3.14 has a method for this
             process.kill()
         pool.shutdown(cancel_futures=True)
 
