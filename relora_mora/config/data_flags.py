@@ -25,12 +25,6 @@ def read_data(settings: Mapping[str, Any], overrides: Mapping[str, str], names: 
     return validate(tree, "the command line", [*_unused(overrides, names), *faults]).data
 
 
-def check_names(overrides: Mapping[str, str], names: Set[str]) -> None:
-    """Raises :class:`ConfigError` for settings other than the ``names`` of section ``data``."""
-    if faults := _unused(overrides, names):
-        raise ConfigError(faults, "the command line")
-
-
 def _unused(overrides: Mapping[str, str], names: Set[str]) -> list[str]:
     return [
         f"--{name}: unknown, or not used by this command; see --help. It uses: "

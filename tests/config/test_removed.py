@@ -28,8 +28,8 @@ def test_the_table_names_what_is_not_there():
 
 def test_an_element_of_a_list_counts(monkeypatch):
     monkeypatch.setitem(removed.REMOVED, "method.operators=4", "use 1")
-    assert set(removed.removed_faults({"method": {"operators": [1, 4]}})) == {"method.operators"}
-    assert removed.removed_faults({"method": {"operators": [1, 2]}, "optim": None}) == {}
+    assert set(removed.without_removed({"method": {"operators": [1, 4]}})[1]) == {"method.operators"}
+    assert removed.without_removed({"method": {"operators": [1, 2]}, "optim": None})[1] == {}
 
 
 def test_settings_of_a_checkpoint_of_02_are_read_if_it_did_not_use_what_is_gone():
