@@ -10,7 +10,10 @@ from typing import Any
 _OWN_RULE = "use muon, or a rule of your own as FILE.py:NAME"
 _PROJECTION = "give examples/optimizers/galore.py or apollo.py in optim.matrices, and its settings in optim.rule"
 _SPIKES = "remove it: steps that are not finite are skipped; lower optim.lr or optim.clip against spikes of the loss"
+_EPOCHS = "give the source a lower weight, or other weights from a step on in data.stages"
 REMOVED = {
+    "data.at_max_epochs": _EPOCHS,
+    "data.max_epochs": _EPOCHS,
     "method.base=bf16": "use train.precision=bf16, or int8",
     "method.full_steps": "remove it: early merges do more than a start at full rank",
     "method.name=sltrain": "use remora, which was better, or lora",
@@ -36,6 +39,8 @@ REMOVED = {
 }
 # what the settings of a run of 0.2 have if it did not use them
 OLD_DEFAULTS: dict[str, Any] = {
+    "data.at_max_epochs": "stop",
+    "data.max_epochs": None,
     "method.full_steps": 0,
     "method.sparse_density": 0.03,
     "optim.lr_full": None,
