@@ -82,7 +82,7 @@ from tests.tools.each import each
         # commands that need something which is not there
         ("compare", "no runs given"),
         ("compare none", "none: not a run folder"),
-        ("study none.yaml", "none.yaml"),
+        ("study none.yaml", "No such file"),
         ("study smoke --jobs=0", "--jobs: got 0"),
         ("spectrum", "no runs given"),
         ("spectrum none", "not a run folder"),
