@@ -1,6 +1,5 @@
 """The command ``relora-mora``, also ``python -m relora_mora``. It finds the command by its name and runs it."""
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from relora_mora.cli.command import USER_ERROR, run
 from relora_mora.cli.help import overview
 from relora_mora.commands import COMMANDS, NAMES, main_of
 from relora_mora.commands.pretrain import run_to_the_end
+from relora_mora.config.shipped import nearest
 from relora_mora.system.process import say
 
 PROGRAM = "relora-mora"
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"{PROGRAM} {__version__}")
         raise SystemExit(0)
     if command not in NAMES:
-        near = difflib.get_close_matches(command, NAMES, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(NAMES)}"
+        near = nearest(command, NAMES)
+        remedy = f"did you mean {near}?" if near else f"the commands are {', '.join(NAMES)}"
         say(f"{command}: unknown command; {remedy}")
         raise SystemExit(USER_ERROR)
     start(command, words, name=f"{PROGRAM} {command}")

@@ -5,17 +5,17 @@ alone, arguments stay text unless they are annotated otherwise, a flag without a
 ``-``, ``--`` and repeated flags are refused.
 """
 
-import difflib
 import inspect
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
 
 from relora_mora.cli.help import Command
+from relora_mora.config.shipped import nearest
 from relora_mora.system.files import from_home
 
 PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
@@ -32,9 +32,7 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
     kinds = {each.kind: each.name for each in parameters.values()}
     rest, settings = kinds.get(inspect.Parameter.VAR_POSITIONAL), kinds.get(inspect.Parameter.VAR_KEYWORD)
     own = {key: each for key, each in parameters.items() if key not in (rest, settings)}
-    words = without_local_rank(argv)
-    faults = list(_faults_of_words(words, hints))
-    positional, flags = _split(words, hints)
+    positional, flags, faults = _split(without_local_rank(argv), hints)
     places = [key for key, each in own.items() if each.kind is not each.KEYWORD_ONLY and key not in flags]
     texts: dict[str, Any] = dict(zip(places, positional, strict=False))
     if rest is not None:
@@ -48,7 +46,7 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
         elif settings is not None and "." in flag:
             overrides[flag] = text
         else:
-            near = _nearest(flag, own, takes_settings=settings is not None)
+            near = _meant(flag, own, takes_settings=settings is not None)
             faults.append(f"--{flag}: unknown; " + (f"did you mean --{near}?" if near else f"see {name} --help"))
     required = [key for key, each in own.items() if each.default is each.empty]
     faults += [f"missing argument: {key}; see {name} --help" for key in required if key not in texts]
@@ -88,55 +86,52 @@ def _flag(word: str) -> str:
     return found[1].replace("-", "_") if found else ""
 
 
-def _split(words: Sequence[str], hints: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The words that are not flags, and the flags with their values; one without a value is true."""
+def _split(words: Sequence[str], hints: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, str], list[str]]:
+    """The words that are not flags, the flags with their values, and faults; a bool without a value is true."""
     import fire
     from fire import decorators
 
-    given = [word for word in words if word not in ("-", "--")]
-    for number, (word, following) in enumerate(itertools.pairwise([*given, "--"])):
-        takes_next = not following.startswith("--")
-        if hints.get(_flag(word)) is bool:
-            takes_next = following.lower() in ("true", "false")
-        if _flag(word) and "=" not in word and not takes_next:
-            given[number] = f"{word}=true"
-    found: list[tuple[tuple[str, ...], dict[str, str]]] = []
-    stand_in = decorators.SetParseFn(str)(lambda *words, **flags: found.append((words, flags)))
-    fire.Fire(stand_in, command=given, serialize=lambda _: None)
-    return found[0]
-
-
-def _nearest(flag: str, own: Collection[str], *, takes_settings: bool) -> str | None:
-    """The option that was meant, or the setting."""
-    near = difflib.get_close_matches(flag, own, n=1)
-    if near or not takes_settings:
-        return near[0] if near else None
-    from relora_mora.config.explain import ELSEWHERE
-    from relora_mora.config.schema import SETTINGS
-
-    keys = {setting.partition(".")[2]: setting for setting in SETTINGS} | ELSEWHERE
-    return next((keys[key] for key in difflib.get_close_matches(flag, keys, n=1)), None)
-
-
-def _faults_of_words(words: list[str], hints: Mapping[str, Any]) -> Iterator[str]:
     from relora_mora.config.secrets import secret_in
 
+    faults = []
+    given = []
     times = Counter(_flag(word) for word in words if _flag(word))
     for word, following in itertools.pairwise([*words, "--"]):
         flag, (name, has_value, _) = _flag(word), word.partition("=")
         *above, key = name.split(".", 2)
-        if word in ("-", "--"):
-            yield f"{word}: unexpected argument"
         if secret := secret_in(word):
-            yield f"{name}: {secret}"
+            faults.append(f"{name}: {secret}")
         if word.encode(errors="ignore").decode() != word:
-            yield f"{word!a}: not UTF-8; check the terminal's locale"
+            faults.append(f"{word!a}: not UTF-8; check the terminal's locale")
         if times.pop(flag, 1) > 1:
-            yield f"--{flag}: given twice; give it once"
+            faults.append(f"--{flag}: given twice; give it once")
         if flag and len(above) == 2 and "-" in key:
-            yield f"{name}: names with '-' cannot be set like this; give {'.'.join(above)}='{{{key}: ...}}'"
-        if not has_value and following.startswith("--") and hints.get(flag, bool) is not bool:
-            yield f"{name}: has no value; give it as {name}=VALUE"
+            faults.append(f"{name}: names with '-' cannot be set like this; give {'.'.join(above)}='{{{key}: ...}}'")
+        is_bool = hints.get(flag) is bool
+        takes_next = following.lower() in ("true", "false") if is_bool else not following.startswith("--")
+        if word in ("-", "--"):
+            faults.append(f"{word}: unexpected argument")
+        elif flag and not has_value and not takes_next:
+            given.append(f"{word}=true")
+            if flag in hints and not is_bool:
+                faults.append(f"{name}: has no value; give it as {name}=VALUE")
+        else:
+            given.append(word)
+    found: list[tuple[tuple[str, ...], dict[str, str]]] = []
+    stand_in = decorators.SetParseFn(str)(lambda *words, **flags: found.append((words, flags)))
+    fire.Fire(stand_in, command=given, serialize=lambda _: None)
+    return *found[0], faults
+
+
+def _meant(flag: str, own: Collection[str], *, takes_settings: bool) -> str | None:
+    """The option that was meant, or the setting."""
+    if (near := nearest(flag, own)) or not takes_settings:
+        return near
+    from relora_mora.config.explain import ELSEWHERE
+    from relora_mora.config.schema import SETTINGS
+
+    keys = {setting.partition(".")[2]: setting for setting in SETTINGS} | ELSEWHERE
+    return keys.get(nearest(flag, keys) or "")
 
 
 def _typed(value: Any, expected: Any) -> Any:

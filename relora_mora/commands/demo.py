@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from relora_mora.cli.command import INTERRUPTED, USER_ERROR
-from relora_mora.commands.pretrain import IN_DEMO
 from relora_mora.supervise.exits import LOST, REQUEUE
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import ending_with_me, many_imports, own_command
@@ -39,7 +38,7 @@ def main(**overrides: str) -> int:
     """
     from relora_mora.commands.demo_text import write_text
 
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", IN_DEMO: "1"}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     begin = time.monotonic()
     data, tokenizer, export = (DEMO / name for name in ("data", "tokenizer", "export"))
     run = _checked_run(overrides)

@@ -14,7 +14,6 @@ Rate = Annotated[float, Ge(1e-6), Le(1e15)]  # beyond, the time in seconds would
 def main(
     config: str,
     *,
-    world_size: PositiveInt | None = None,
     nodes: PositiveInt | None = None,
     gpus_per_node: PositiveInt | None = None,
     device: str | None = None,
@@ -35,9 +34,8 @@ def main(
         overrides: settings, as for training
 
     Machines:
-        nodes: number of hosts
-        gpus_per_node: devices per host
-        world_size: number of devices, all in one host, instead of nodes and gpus_per_node
+        nodes: number of hosts; default: 1
+        gpus_per_node: devices per host; default: 1
         device: the kind of device, such as h100, a100-80gb or cpu; cuda means a100-80gb; default: this machine's
         link_gbits: network of one host in Gbit/s, all cards together; default: the network of the vendor's host
 
@@ -56,10 +54,6 @@ def main(
     from relora_mora.system.devices import CPU, named_device
 
     faults = []
-    if world_size is not None and (nodes is not None or gpus_per_node is not None):
-        faults.append(
-            "--world_size: given together with --nodes or --gpus_per_node; give only it (for one host) or those two"
-        )
     if nodes is not None and nodes > 1 and gpus_per_node is None:
         faults.append(
             f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host, "
@@ -87,7 +81,7 @@ def main(
         raise ConfigError(faults, "the command line")
     if device is None:
         chosen = device_here()
-    cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
+    cluster = Cluster(nodes or 1, gpus_per_node or 1, chosen, link_gbits)
     plan = plan_of(
         config,
         overrides,

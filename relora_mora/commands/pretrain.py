@@ -1,6 +1,5 @@
 """Pretrains a model. It is also what the commands that train share, from their settings to their exit code."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,8 +9,6 @@ from relora_mora.system.process import many_imports, say
 
 if TYPE_CHECKING:
     from relora_mora.config.schema import Config
-
-IN_DEMO = "RELORA_MORA_IN_DEMO"  # the run is one step of several, and names no next commands
 
 
 def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
@@ -73,7 +70,7 @@ def train(
     except JoinError as error:
         say(f"the run ended: {error}")
         return LOST
-    if code == 0 and rank == 0 and IN_DEMO not in os.environ:
+    if code == 0 and rank == 0:
         say(next_commands(settings.train.run_dir))
     return code
 

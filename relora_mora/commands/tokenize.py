@@ -81,11 +81,9 @@ def _settings(
     source: str, split: "Split", tokenizer: str | None, overrides: dict[str, str], *, finetune: bool
 ) -> tuple["DataConfig", str]:
     """Text and tokenizer, either from the settings of a run or from the arguments."""
-    from relora_mora.config.data_flags import READING, check_names, parse_typed, read_data
+    from relora_mora.config.data_flags import READING, parse_typed, read_data
     from relora_mora.config.load import FINETUNING, load_config
 
-    names = READING | {"records"}
-    check_names(overrides, names)
     if source.endswith((".yaml", ".yml")) or (find_config(source) != Path(source) and not Path(source).is_dir()):
         paths = {} if tokenizer is None else {"tokenizer.path": json.dumps(tokenizer, ensure_ascii=False)}
         config = load_config(source, {**overrides, **paths}, defaults=FINETUNING if finetune else None)
@@ -96,5 +94,5 @@ def _settings(
         raise ValueError(
             "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as the source"
         )
-    text = parse_typed(source, "SOURCE")
-    return read_data({"train": "none", "validation": "none"} | {split: text}, overrides, names), tokenizer
+    sources = {"train": "none", "validation": "none"} | {split: parse_typed(source, "SOURCE")}
+    return read_data(sources, overrides, READING | {"records"}), tokenizer

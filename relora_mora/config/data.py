@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from relora_mora.config.types import LARGEST, FilePath, Fraction, Free, OfText, Positive, Seconds, Seed, Strict, Text
@@ -44,6 +44,16 @@ class RecordsConfig(Strict):
     """which tokens count in the loss; in plain text all do"""
     too_long: TooLong = "cut"
     """for a record longer than a sequence: cut its end off, or drop the record"""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if unknown := [field for field in self.columns if field not in self.fields]:
+            message = "columns should name fields of {kind}: {fields}; not {unknown}"
+            names = {"kind": self.kind, "fields": ", ".join(self.fields), "unknown": ", ".join(unknown)}
+            raise PydanticCustomError("columns", message, names)
+        if self.template is not None and not self.is_conversation:
+            raise PydanticCustomError("template", "a template is only for messages and sharegpt; leave it out")
+        return self
 
     def __hash__(self) -> int:  # a dict such as columns has no hash
         return hash(self.model_dump_json())
@@ -97,6 +107,14 @@ class TextSource(Strict):
     """name in metrics; null: the last part of source"""
     weight: Weight = 1.0
     """share of the tokens, relative to the mixture's other weights"""
+
+    @model_validator(mode="after")
+    def _names_each_part_once(self) -> Self:
+        is_set = "://" not in self.source and not self.source.startswith("hub:")
+        named = zip(self.source.split(":")[1:], (self.config, self.split), strict=False)
+        if is_set and any(part and given is not None for part, given in named):
+            raise PydanticCustomError("source", "the source names its config or split, too; give each only once")
+        return self
 
     @property
     def label(self) -> str:

@@ -20,24 +20,13 @@ def read_data(settings: Mapping[str, Any], overrides: Mapping[str, str], names: 
 
     Raises :class:`ConfigError`.
     """
-    known = {name: text for name, text in overrides.items() if not _unused({name: text}, names)}
-    tree, faults = with_overrides({"data": dict(settings), **_OTHERS}, known)
-    return validate(tree, "the command line", [*_unused(overrides, names), *faults]).data
-
-
-def check_names(overrides: Mapping[str, str], names: Set[str]) -> None:
-    """Raises :class:`ConfigError` for settings other than the ``names`` of section ``data``."""
-    if faults := _unused(overrides, names):
-        raise ConfigError(faults, "the command line")
-
-
-def _unused(overrides: Mapping[str, str], names: Set[str]) -> list[str]:
-    return [
-        f"--{name}: unknown, or not used by this command; see --help. It uses: "
-        + ", ".join(f"data.{each}" for each in sorted(names))
-        for name in overrides
-        if not name.startswith("data.") or name.split(".")[1] not in names
+    used = {name: text for name, text in overrides.items() if name.startswith("data.") and name.split(".")[1] in names}
+    tree, faults = with_overrides({"data": dict(settings), **_OTHERS}, used)
+    uses = f"It uses: {', '.join(f'data.{name}' for name in sorted(names))}"
+    faults += [
+        f"--{name}: unknown, or not used by this command; see --help. {uses}" for name in overrides if name not in used
     ]
+    return validate(tree, "the command line", faults).data
 
 
 def parse_typed(text: str, flag: str) -> Any:

@@ -1,6 +1,5 @@
 """Explains pydantic's errors to a user, and finds out which settings can still be checked despite them."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -11,8 +10,8 @@ from typing_extensions import is_typeddict
 
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
+from relora_mora.config.shipped import nearest
 
-Location = tuple[int | str, ...]
 REQUIRED = {"model": {}, "data": {"train": "?", "validation": "?"}, "train": {"run_dir": "?"}}  # with a placeholder
 # what other trainers call these settings
 ELSEWHERE = {
@@ -34,8 +33,9 @@ def explain(error: ValidationError) -> list[str]:
     """One line for each wrong setting: what was given, what was expected, what the setting means."""
     messages: dict[str, list[ErrorDetails]] = {}
     for item in error.errors():
-        messages.setdefault(_setting(item["loc"]), []).append(item)
-    return [f"{setting}: {_explain(items)}" for setting, items in messages.items()]
+        name, *_ = _place(item)
+        messages.setdefault(name, []).append(item)
+    return [f"{name}: {_explain(items)}" for name, items in messages.items()]
 
 
 def doubtful(error: ValidationError) -> set[str]:
@@ -46,7 +46,7 @@ def doubtful(error: ValidationError) -> set[str]:
     names = set()
     for item in error.errors():
         *above, key = map(str, item["loc"][:2])
-        near = _nearest(item["loc"][:2]) if item["type"] == "extra_forbidden" else None
+        near = _meant(item) if len(item["loc"]) <= 2 and item["type"] == "extra_forbidden" else None
         names.add(near if near and "." in near else ".".join([*above, near or key]))
     return names
 
@@ -69,15 +69,17 @@ def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Conf
 
 
 def _explain(items: list[ErrorDetails]) -> str:
-    location, kind = items[0]["loc"], items[0]["type"]
+    """The errors of one setting: of each member if its type is a union."""
+    _, description, known = _place(items[0])
+    kind = items[0]["type"]
     if kind == "extra_forbidden":
-        near = _nearest(location)
-        return "unknown; " + (f"did you mean {near}?" if near else f"known here: {', '.join(_fields_at(location))}")
+        near = _meant(items[0])
+        return "unknown; " + (f"did you mean {near}?" if near else f"known here: {', '.join(known)}")
     if kind == "missing":
-        return f"must be given{_description(location)}"
+        return f"must be given{description}"
     shown = redact(repr(items[0]["input"]))  # before it is cut, because a piece of a token would not be recognized
     shown = shown if len(shown) < 80 else shown[:77] + "..."
-    return f"got {shown}; {expectation(items)}{_description(location)}"
+    return f"got {shown}; {expectation(items)}{description}"
 
 
 def expectation(items: list[ErrorDetails]) -> str:
@@ -93,12 +95,26 @@ def _expected(item: ErrorDetails) -> str:
     return item["msg"][:1].lower() + item["msg"][1:]
 
 
-def _setting(location: Location) -> str:
-    """The dotted name of a setting, without the name of a set that has none and without the members of a union."""
-    field = _fields_at(location[:2]).get(str(location[:2][-1]))
-    has_parts = field is not None and _fields_in(field.annotation)
-    parts = [part for part in location[2:] if isinstance(part, int) or (has_parts and part not in ("", "[key]"))]
-    return ".".join(map(str, [*location[:2], *parts]))
+def _place(item: ErrorDetails) -> tuple[str, str, Mapping[str, FieldInfo]]:
+    """The dotted name of the wrong setting, what it or what holds it means, and the names that are known there."""
+    names: list[str] = []
+    description = ""
+    known: Mapping[str, FieldInfo] = Config.model_fields
+    for part in item["loc"]:
+        field = known.get(str(part))
+        if field is not None:
+            description = f" ({field.description})" if field.description else description
+            known = _fields_in(field.annotation)
+        elif not isinstance(part, int) and (not known or part in ("", "[key]")):
+            continue  # the member of a union, a key of names and values, or the set without a name
+        names.append(str(part))
+    return ".".join(names), description, known
+
+
+def _meant(item: ErrorDetails) -> str | None:
+    """The name that was meant by an unknown one, with its section if that is another one."""
+    key = str(item["loc"][-1])
+    return nearest(key, _place(item)[2]) or ELSEWHERE.get(key)
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:
@@ -108,31 +124,9 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(model_in, get_args(annotation))), None)
 
 
-def _fields_in(annotation: Any) -> dict[str, FieldInfo]:
+def _fields_in(annotation: Any) -> Mapping[str, FieldInfo]:
     if is_typeddict(annotation):
         hints = get_type_hints(annotation, include_extras=True)
         return {name: FieldInfo.from_annotation(hint) for name, hint in hints.items()}
     model = model_in(annotation)
-    return {} if model is None else dict(model.model_fields)
-
-
-def _fields_at(location: Location) -> dict[str, FieldInfo]:
-    """The valid names at the level of a location's last part, with their fields."""
-    fields = dict(Config.model_fields)
-    for part in location[:-1]:  # numbers and names of sets are not fields
-        field = fields.get(str(part))
-        fields = (field and _fields_in(field.annotation)) or fields
-    return fields
-
-
-def _nearest(location: Location) -> str | None:
-    """The name that was meant, with its section if that is another one."""
-    name = str(location[-1])
-    near = difflib.get_close_matches(name, _fields_at(location), n=1)
-    return near[0] if near else ELSEWHERE.get(name)
-
-
-def _description(location: Location) -> str:
-    """What the setting means, or else what the one that holds it means."""
-    found = (_fields_at(location[:length]).get(str(location[length - 1])) for length in range(len(location), 0, -1))
-    return next((f" ({field.description})" for field in found if field and field.description), "")
+    return {} if model is None else model.model_fields

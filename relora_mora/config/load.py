@@ -1,6 +1,6 @@
 """Reads a run's settings: defaults, YAML file, then ``--section.key=value``. All faults are reported together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, settings_of_others
-from relora_mora.config.removed import removed_faults, without, without_old_defaults
+from relora_mora.config.removed import without_old_defaults, without_removed
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
-from relora_mora.config.shipped import MODELS, find_config, nearest, shipped_files, with_names
+from relora_mora.config.shipped import MODELS, SETTINGS, find_config, nearest, shipped_files, with_names
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
 from relora_mora.system.logs import counted
 
@@ -78,10 +78,9 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         if str(path) in shipped_files(MODELS):
             fault = f"it is a model and has no other settings; give those of a run, and --model.config={path}"
         else:
-            fault = (
-                f"cannot read it ({error.strerror}); give a YAML file, or a name that relora-mora configs lists, "
-                f"such as tiny_remora{nearest(path)}{relative_to(path)}"
-            )
+            near = nearest(path.stem, shipped_files(SETTINGS))
+            remedy = f"did you mean {near}?" if near else "give a YAML file, or a name that relora-mora configs lists"
+            fault = f"cannot read it ({error.strerror}); {remedy}{relative_to(path)}"
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fault = f"it is not YAML: {explain_yaml(error)}"
     except ValueError as error:  # a path that no file can have
@@ -111,32 +110,33 @@ def relative_to(path: Path) -> str:
 def validate(
     tree: Mapping[str, Any],
     source: str,
-    found: list[str] | None = None,
+    found: Iterable[str] = (),
     world_size: int | None = None,
     folder: Path | None = None,
+    *,
+    stored: bool = False,
 ) -> Config:
     """The settings of a parsed tree, whose paths may be relative to ``folder``.
 
-    Raises :class:`ConfigError` with the faults already ``found`` and all others.
+    Combinations of ``stored`` settings are not checked. Raises :class:`ConfigError` with the faults already ``found``
+    and all others.
     """
     if "grid" in tree:
         raise ConfigError(
             ["grid: this is a study, and not the settings of a run; start it with relora-mora study"], source
         )
+    tree, removed = without_removed(lengths.without_nulls(tree))
     # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
-    found = [*(found or []), *(f"{name}: {text}" for name, text in secrets_in(tree))]
-    removed = removed_faults(tree)
-    found += [f"{name}: {text}" for name, text in removed.items()]
-    unknown = set(removed)
+    found = [*found, *(f"{name}: {text}" for name, text in (*secrets_in(tree), *removed.items()))]
+    unknown = {".".join(name.split(".")[:2]) for name in removed}
     config: Config | None
-    tree = lengths.without_nulls(without(tree, removed))
     try:
         config = Config.model_validate(tree, context={"folder": folder})
     except ValidationError as error:
         found.extend(explain(error))
         unknown |= doubtful(error)
         config = substitute_defaults(tree, error)
-    for fault in faults(config, world_size) if config is not None else ():
+    for fault in faults(config, world_size) if config is not None and not stored else ():
         # a fault that involves a setting with a wrong value would be about its default, which nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):
             found.append(str(fault))
@@ -150,13 +150,7 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
 
     Combinations are not checked again: they were checked when the run began, and the checks may have changed since.
     """
-    tree = without_old_defaults(tree)
-    if removed := removed_faults(tree):
-        raise ConfigError([f"{name}: {text}" for name, text in removed.items()], source)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(explain(error), source) from None
+    return validate(without_old_defaults(tree), source, stored=True)
 
 
 def dump(config: Config) -> str:

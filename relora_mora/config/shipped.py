@@ -1,8 +1,8 @@
-"""The files in ``configs/``, which come with the package, by name: ``tiny_remora``, ``llama_130m``."""
+"""The files in ``configs/``, which come with the package, by name: ``tiny_remora``, ``llama_130m``; and near misses."""
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from relora_mora.system.files import from_home
@@ -35,10 +35,9 @@ def with_names(text: str) -> str:
     return re.sub(rf"{re.escape(str(FOLDER))}/\w+/(\w+)\.\w+", r"\1", text)
 
 
-def nearest(given: str | Path) -> str:
-    """An addition to the message for a file that does not exist: a name that is spelled similarly, if there is one."""
-    near = difflib.get_close_matches(Path(given).stem, shipped_files(SETTINGS), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant: the one that is spelled most similarly, if any is similar."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def exists(path: Path) -> bool:

@@ -26,7 +26,7 @@ class Rule(NamedTuple):
 
     ``settings`` names all settings involved, first the one to change. ``broken`` gets the settings and returns what is
     wrong with them, or something false. ``says`` is the message, in which ``{found}`` is what ``broken`` returned and
-    ``{c}`` are the settings. Further names in braces are arguments of :func:`broken_rules`.
+    ``{c}`` are the settings.
     """
 
     settings: str
@@ -34,14 +34,12 @@ class Rule(NamedTuple):
     says: str
 
 
-def broken_rules(rules: Iterable[Rule], settings: Any, **names: Any) -> Iterator[Fault]:
+def broken_rules(rules: Iterable[Rule], settings: Any) -> Iterator[Fault]:
     """A fault for each rule that ``settings`` break."""
     for rule in rules:
-        found = rule.broken(settings)
-        if found:
+        if found := rule.broken(settings):
             shown = ", ".join(map(str, found)) if isinstance(found, list) else found
-            involved = rule.settings.format(**names).split()
-            yield Fault(tuple(involved), rule.says.format(found=shown, c=settings, **names))
+            yield Fault(tuple(rule.settings.split()), rule.says.format(found=shown, c=settings))
 
 
 LARGEST = 2**53  # the largest whole number of any setting: up to here float64 is exact

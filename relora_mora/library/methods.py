@@ -8,7 +8,7 @@ from typing import Any, Literal, ParamSpec, get_args
 
 from pydantic import ValidationError
 
-from relora_mora.config.checks.method import own_faults
+from relora_mora.config.checks.combinations import own_faults
 from relora_mora.config.schema import MethodConfig
 
 Form = Literal["auto", "merged", "decoupled"]

@@ -22,6 +22,10 @@ from tests.tools.each import each
         ("pretrain", "missing argument: config"),
         ("pretrain tiny_remoar", "did you mean tiny_remora?"),
         ("pretrain none.yaml", "none.yaml"),
+        (
+            "pretrain llama_7b",
+            "it is a model and has no other settings; give those of a run",
+        ),
         ("pretrain tiny_mora --train.stepss=3", "train.stepss: unknown; did you mean steps?"),
         ("pretrain tiny_mora --trian.steps=3", "trian: unknown; did you mean train?"),
         ("pretrain tiny_mora --output_dir=x", "--output_dir: unknown; did you mean --train.run_dir?"),
@@ -49,7 +53,7 @@ from tests.tools.each import each
         ("evaluate m stray --data=d", "stray"),
         ("evaluate m --data=d - x", "-: unexpected argument"),
         ("evaluate m --data=d -- --interactive", "--: unexpected argument"),
-        ("plan --json c.yaml --world_size=0", "--world_size: got 0"),  # c.yaml is not the value of --json
+        ("plan --json c.yaml --gpus_per_node=0", "--gpus_per_node: got 0"),  # c.yaml is not the value of --json
         ("pretrain tiny_mora stray", "unknown argument: stray"),
         # values
         ("evaluate m --data=", "--data: empty"),
@@ -78,7 +82,7 @@ from tests.tools.each import each
         # commands that need something which is not there
         ("compare", "no runs given"),
         ("compare none", "none: not a run folder"),
-        ("study none.yaml", "none.yaml"),
+        ("study none.yaml", "No such file"),
         ("study smoke --jobs=0", "--jobs: got 0"),
         ("spectrum", "no runs given"),
         ("spectrum none", "not a run folder"),

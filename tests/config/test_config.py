@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from relora_mora.config.checks.combinations import remarks, unused_by
 from relora_mora.config.explain import ELSEWHERE
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate
 from relora_mora.config.yaml_text import parse_yaml
-from tests.tools.config_tools import SETTINGS, changed_tree, faults_of, tree
+from tests.tools.config_tools import SETTINGS, changed_tree, faults_of, settings_file, tree
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
@@ -39,17 +38,13 @@ def test_names_of_other_trainers_get_a_hint() -> None:
 
 
 def test_all_faults_are_reported_together(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "model": {"config": "m.json", "init_from": None},
-                "data": {"train": 3, "validation": "b", "lanes": 7},
-                "method": {"nmae": "remora", "operators": [1, 5], "merge_every": 10},
-                "optim": {"lr": "fast"},
-                "train": {"run_dir": "r", "steps": True, "deepspeed": {"bf16": {}}},
-            }
-        )
+    path = settings_file(
+        tmp_path,
+        tokenizer={"path": None},
+        data={"train": 3, "lanes": 7},
+        method={"nmae": "remora", "operators": [1, 5], "merge_every": 10},
+        optim={"lr": "fast"},
+        train={"steps": True, "deepspeed": {"bf16": {}}},
     )
     with pytest.raises(ConfigError) as error:
         load_config(
@@ -99,15 +94,9 @@ def test_the_command_line_may_give_the_length_in_another_unit(
     assert (config.train.steps, config.train.epochs, config.optim.warmup_steps) == (steps, epochs, warmup)
 
 
-def _file(folder: Path, **sections: Any) -> Path:
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree(method={"name": "mora"}, **sections)))
-    return path
-
-
 def test_an_override_changes_what_it_names_and_not_an_alias_of_it(tmp_path: Path) -> None:
     text = {"source": "a.json"}
-    path = _file(tmp_path, data={"train": text, "validation": text})
+    path = settings_file(tmp_path, data={"train": text, "validation": text})
     assert "*id001" in path.read_text()
     data = load_config(path, {"data.validation.source": "b.json"}).data
     assert [[one.source for one in data.sources(split)] for split in ("train", "validation")] == [
@@ -119,15 +108,10 @@ def test_an_override_changes_what_it_names_and_not_an_alias_of_it(tmp_path: Path
 def test_a_whole_setting_and_a_part_of_it_may_be_given_in_any_order(tmp_path: Path) -> None:
     part, whole = ("data.validation.x", "b"), ("data.validation", "{y: c}")
     for given in ([part, whole], [whole, part]):
-        assert load_config(_file(tmp_path), dict(given)).model_dump()["data"]["validation"] == {"y": "c", "x": "b"}
-
-
-def test_paths_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    path = _file(tmp_path, train={"run_dir": "~/run"}, tokenizer={"path": "~/t"})
-    config = load_config(path, {"train.resume": "~/other", "model.init_from": "~/m"})
-    assert (config.train.run_dir, config.tokenizer.path) == ("/home/me/run", "/home/me/t")
-    assert (config.train.resume, config.model.init_from) == ("/home/me/other", "/home/me/m")
+        assert load_config(settings_file(tmp_path), dict(given)).model_dump()["data"]["validation"] == {
+            "y": "c",
+            "x": "b",
+        }
 
 
 @each("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
@@ -261,8 +245,3 @@ def test_settings_without_effect_are_named(changes: dict[str, Any], unused: dict
     assert [remark for remark in remarks(config) if "does not use it" in remark] == [
         f"{name}: {cause} does not use it" for name, cause in unused.items()
     ]
-
-
-def test_the_name_of_a_model_gets_the_setting_that_takes_it():
-    with pytest.raises(ConfigError, match=r"llama_7b:\n  - it is a model .* --model\.config=llama_7b"):
-        load_config("llama_7b")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from relora_mora.config.load import ConfigError, dump, load_config, validate
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
-from tests.tools.config_tools import SECTIONS, SETTINGS, changed_tree, same, tree
+from tests.tools.config_tools import SECTIONS, SETTINGS, changed_tree, same, settings_file
 
 pytestmark = pytest.mark.more
 
@@ -94,6 +94,5 @@ def test_any_file_gives_settings_or_faults(tmp_path: Path, content: bytes) -> No
     )
 )
 def test_any_override_gives_settings_or_faults(tmp_path: Path, overrides: dict[str, str]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree()))
+    path = settings_file(tmp_path)
     check_outcome(lambda: load_config(path, overrides))

@@ -26,15 +26,20 @@ def test_the_table_names_what_is_not_there():
     assert set(removed.OLD_DEFAULTS) <= set(removed.REMOVED)
 
 
-def test_an_element_of_a_list_counts(monkeypatch):
+def test_an_element_of_a_list_and_a_setting_of_a_source_count(monkeypatch):
     monkeypatch.setitem(removed.REMOVED, "method.operators=4", "use 1")
-    assert set(removed.removed_faults({"method": {"operators": [1, 4]}})) == {"method.operators"}
-    assert removed.removed_faults({"method": {"operators": [1, 2]}, "optim": None}) == {}
+    sources = [{"source": "a"}, {"source": "b", "max_epochs": 2}]
+    given = {"method": {"operators": [1, 4]}, "data": {"train": sources}, "optim": {"rule": {"projection_rank": 1}}}
+    left, faults = removed.without_removed(given)
+    assert set(faults) == {"method.operators", "data.train.1.max_epochs"}
+    assert left == {"method": {}, "data": {"train": [sources[0], {"source": "b"}]}, "optim": given["optim"]}
+    assert removed.without_removed({"method": {"operators": [1, 2]}, "optim": None})[1] == {}
 
 
 def test_settings_of_a_checkpoint_of_02_are_read_if_it_did_not_use_what_is_gone():
-    config = validate(tree(), "the test")
+    config = validate(tree(data={"train": [{"source": "a"}, {"source": "b"}]}), "the test")
     stored: dict[str, Any] = config.model_dump(mode="json")
+    stored["data"]["train"] = [{**source, "max_epochs": None} for source in stored["data"]["train"]]
     places = [(name, *name.split("."), default) for name, default in removed.OLD_DEFAULTS.items()]
     for _, section, setting, default in places:
         stored[section][setting] = default

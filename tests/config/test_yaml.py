@@ -9,7 +9,7 @@ import yaml
 
 from relora_mora.config.load import ConfigError, load_config
 from relora_mora.config.yaml_text import parse_yaml
-from tests.tools.config_tools import same, tree
+from tests.tools.config_tools import same, settings_file
 from tests.tools.each import each
 
 
@@ -55,9 +55,10 @@ def test_paths_are_found_next_to_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         (folder / name).write_text("{}")
     records = {"kind": "messages", "template": "t.jinja"}
     source = {"source": "m.json", "records": {**records, "template": "other.jinja"}}
-    given = tree(data={"train": source, "records": records}, optim={"matrices": "r.py:Rule"})
-    (folder / "run.yaml").write_text(yaml.safe_dump(given))
-    config = load_config("runs/run.yaml")
+    settings_file(folder, data={"train": source, "records": records}, optim={"matrices": "r.py:Rule"})
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("runs/run.yaml", {"train.resume": "~/other", "model.init_from": "~/m"})
+    assert (config.train.resume, config.model.init_from) == ("/home/me/other", "/home/me/m")
     assert (config.model.config, config.tokenizer.path) == ("runs/m.json", "t")
     assert (config.data.records.template, config.optim.matrices) == ("runs/t.jinja", "runs/r.py:Rule")
     assert (config.data.train[0].source, config.data.train[0].records.template) == ("m.json", "other.jinja")
@@ -74,8 +75,7 @@ def test_files_that_are_not_settings(tmp_path: Path, text: str) -> None:
 
 
 def test_overrides_that_are_not_yaml_or_below_a_value_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree()))
+    path = settings_file(tmp_path)
     for overrides, message in (
         ({"data.train": "*.json.gz"}, """give text with special characters as --data.train='"..."'"""),  # an alias
         ({"train.run_dir.x": "3"}, "so it has no keys"),
@@ -91,7 +91,6 @@ def test_overrides_that_are_not_yaml_or_below_a_value_are_refused(tmp_path: Path
 
 
 def test_text_after_a_hash_is_not_dropped_silently(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree()), encoding="utf-8")
+    path = settings_file(tmp_path)
     for given, read in (("run #2", "run #2"), ('"run #2"', "run #2"), ("run#2 ", "run#2"), (">-\n  run #2", "run #2")):
         assert load_config(path, {"train.run_dir": given}).train.run_dir == read

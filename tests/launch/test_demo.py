@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.commands import demo
-from relora_mora.commands.pretrain import IN_DEMO, train
+from relora_mora.commands.pretrain import train
 from relora_mora.config.shipped import FOLDER
 from tests.tools.commands import call
 from tests.tools.each import each
@@ -92,13 +92,7 @@ def test_a_method_without_merges_is_reported(
     assert "validation perplexity: step 200: 150.0\n\nLook at the curves" in said
 
 
-@each("shown", [True, False])
-def test_a_run_names_the_next_commands_unless_the_demo_goes_on(
-    shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_names_the_next_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("relora_mora.train.pretrain.pretrain", lambda settings, guard: 0)
-    monkeypatch.delenv(IN_DEMO, raising=False)
-    if not shown:
-        monkeypatch.setenv(IN_DEMO, "1")
     assert train("tiny_remora", {}) == 0
-    assert ("next:" in capsys.readouterr().err) == shown
+    assert "next:" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """Trees of settings for the tests of the config package."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from relora_mora.config.load import ConfigError, validate
 from relora_mora.config.schema import Config
@@ -23,6 +25,13 @@ def tree(**sections: dict[str, Any]) -> dict[str, Any]:
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}
     return base
+
+
+def settings_file(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A file with such settings."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree(**sections)))
+    return path
 
 
 def changed_tree(changes: dict[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,18 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from relora_mora.config.checks.data import data_faults, misnamed_metric, missing_metric
-from relora_mora.config.checks.method import METHOD_RULES, own_faults
+from relora_mora.config.checks.data import DATA_RULES, missing_metric
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.registry import (
     METHODS,
     MUON_SETTINGS,
+    OPERATORS,
     RULE_SETTINGS,
     is_own,
     optimizer_named,
     settings_of_others,
 )
-from relora_mora.config.schema import SETTINGS, Config
+from relora_mora.config.schema import SETTINGS, Config, MethodConfig
 from relora_mora.config.types import Fault, Rule, broken_rules
 
 BESIDE_ADAPTERS = (
@@ -88,13 +88,16 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     """Every combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
     yield from _length_faults(config)
-    yield from broken_rules(RULES, config)
-    yield from broken_rules(METHOD_RULES, config)
+    yield from broken_rules((*RULES, *DATA_RULES), config)
     yield from own_faults(config.method)
-    yield from data_faults(config)
     if world_size is not None:
         sizes = {"batch": config.train.batch_size, "micro": config.train.micro_batch_size, "lanes": config.lanes}
         yield from broken_rules(RANK_RULES, SimpleNamespace(**sizes, ranks=world_size))
+
+
+def own_faults(method: MethodConfig) -> Iterator[Fault]:
+    """Faults in the settings of a method that do not depend on the rest of the run."""
+    return broken_rules(METHOD_RULES, method)
 
 
 def remarks(config: Config) -> Iterator[str]:
@@ -110,6 +113,23 @@ def _merges(config: Config) -> bool:
     return config.method.merges and config.method.merge_every <= last
 
 
+def _cut_short(config: Config) -> list[str]:
+    """What the length of a run leaves no room for."""
+    steps, optim, method = config.train.steps, config.optim, config.method
+    found = []
+    if optim.warmup_steps >= steps:
+        found.append(
+            f"within the warmup of {optim.warmup_steps}, at {steps / optim.warmup_steps:.0%} of the peak rates"
+        )
+    elif optim.schedule == "wsd" and optim.decay_of(steps) < (optim.decay_steps or 0):
+        found.append(f"after {optim.decay_of(steps)} of optim.decay_steps={optim.decay_steps}")
+    if method.merges and not _merges(config):
+        found.append(f"without a merge (method.merge_every={method.merge_every})")
+    return found + [
+        f"before the stage of step {each.from_step}" for each in config.data.stages if each.from_step > steps
+    ]
+
+
 def _length_faults(config: Config) -> Iterator[Fault]:
     """The length of the run, or of its warmup, given in several ways."""
     for section, names in ALTERNATIVES.items():
@@ -122,17 +142,34 @@ def _length_faults(config: Config) -> Iterator[Fault]:
 
 def _without_best(config: Config) -> str | None:
     """Why a run does not have its metric for the best checkpoint, or has it only once."""
-    metric, scored = config.checkpoint.keep_best, config.eval
+    metric, every_steps = config.checkpoint.keep_best, config.eval.every_steps
     if metric is None:
         return None
-    of_tasks = metric.startswith("tasks/")
-    if of_tasks and not scored.tasks:
-        return "no tasks are scored; name them in eval.tasks"
-    if not of_tasks and (fault := misnamed_metric(metric)):
-        return f"{fault}, or tasks/TASK/METRIC"
-    often = scored.tasks_every_steps if of_tasks and scored.tasks_every_steps is not None else scored.every_steps
-    seldom = "" if often else "only the last checkpoint has a value; set eval.every_steps or eval.tasks_every_steps"
-    return (None if of_tasks else missing_metric(config, metric)) or seldom
+    if not metric.startswith("tasks/"):
+        fault = missing_metric(config, metric)
+    else:
+        fault = None if config.eval.tasks else "no tasks are scored; name them in eval.tasks"
+        every_steps = every_steps if config.eval.tasks_every_steps is None else config.eval.tasks_every_steps
+    seldom = None if every_steps else "only the last checkpoint has a value; set eval.every_steps or tasks_every_steps"
+    return fault or seldom
+
+
+def _even_operators(method: MethodConfig) -> list[int]:
+    """The operators that need an even R."""
+    return [operator for operator in method.cycle if OPERATORS[operator].even_size]
+
+
+def _cannot_carry(method: MethodConfig) -> list[int] | list[str]:
+    """What has no groupings, on which ``carry`` rests: operators, or a method without squares."""
+    if not method.uses_squares:
+        return [method.name]
+    return sorted({operator for operator in method.cycle if not OPERATORS[operator].groupings})
+
+
+def _repeats(method: MethodConfig) -> bool:
+    """Whether an operator follows itself, also from the end of the cycle to its begin."""
+    cycle = method.cycle
+    return any(one == following for one, following in zip(cycle, cycle[1:] + cycle[:1], strict=True))
 
 
 # fmt: off
@@ -165,22 +202,58 @@ RULES = (
     Rule("train.allow_changes",
          lambda c: [name for name in c.train.allow_changes if name not in {*SETTINGS, "tokenizer", "data"}],
          "{found}: unknown setting; give names such as optim.lr, or tokenizer or data"),
+    Rule("method.rank_pattern method.target_modules method.name",
+         lambda c: c.method.uses_adapters and c.method.target_modules
+         and sorted(c.method.rank_pattern.keys() - c.method.target_modules),
+         "{found} is not in method.target_modules {c.method.target_modules}; add it there or remove it here"),
+    Rule("method.train_embeddings model.new_tokens",
+         lambda c: c.method.train_embeddings == "new" and c.model.new_tokens is None,
+         "new trains only the rows of new tokens, and there are none; set model.new_tokens, or give the first id whose "
+         "row trains"),
+    Rule("method.train_embeddings method.train_head",
+         lambda c: c.method.trains_rows and c.method.train_head,
+         "{c.method.train_embeddings} trains only some rows, in the head, too; set method.train_head=false"),
+    Rule("method.form train.zero_stage method.name",
+         lambda c: c.method.uses_adapters and c.method.form == "resident" and c.train.zero_stage == 3,
+         "resident keeps W + delta of whole weights, which no rank has at ZeRO-3; "
+         "use method.form=auto, or train.zero_stage=2"),
+    Rule("model.adapter model.init_from method.name",
+         lambda c: c.model.adapter is not None and (c.model.init_from is None or not c.method.uses_adapters),
+         "an adapter continues on the model that it was trained on, with a method that has adapters; "
+         "set model.init_from and such a method, or remove it"),
+    Rule("method.reset optim.matrices method.name",
+         lambda c: c.method.merges and c.method.reset in ("magnitude", "random", "carry")
+         and not c.optim.of_group("adapters").moments,
+         "{c.method.reset} changes element-wise moments, but {c.optim.matrices} has none; "
+         "use method.reset=full or none"),
+)
+# of a MethodConfig, independent of the rest of the run
+METHOD_RULES = (
+    Rule("method.dropout method.form method.name",
+         lambda c: c.uses_adapters and c.dropout and c.form in ("merged", "resident"),
+         "dropout acts only on the adapter's input, but the form {c.form} adds the adapter to the weight; "
+         "use method.form=auto or method.dropout=0"),
+    Rule("method.square_multiple method.square_size method.operators method.name",
+         lambda c: (c.square_size or c.square_multiple) % 2 and _even_operators(c),
+         "operator {found} needs an even R; give an even method.square_multiple, or an even method.square_size"),
+    Rule("method.form method.base method.base_products method.name",
+         lambda c: c.eight_bits and (c.form, c.base_products) in (("merged", True), ("resident", False)),
+         "{c.form} with base_products={c.base_products} and a base in {c.base} is slower or larger than without such a "
+         "base; use method.form=auto, or method.base_products=auto"),
+    Rule("method.operators method.name",
+         lambda c: c.merges and _repeats(c),
+         "the cycle {c.operators} repeats an operator across a merge, which cannot raise the rank; "
+         "alternate two or more"),
+    Rule("method.reset method.operators method.name",
+         lambda c: c.merges and c.reset == "carry" and _cannot_carry(c),
+         "carry needs operators that are pairs of groupings, unlike {found}; set method.operators, or use "
+         "method.reset=full"),
 )
 # what harms nothing
 REMARKS = (
-    Rule("optim.warmup_steps",
-         lambda c: c.optim.warmup_steps >= c.train.steps and f"{c.train.steps / c.optim.warmup_steps:.0%}",
-         "the run of train.steps={c.train.steps} ends within the warmup of {c.optim.warmup_steps}, at {found} of the "
-         "peak rates"),
-    Rule("optim.decay_steps",
-         lambda c: c.optim.schedule == "wsd" and c.optim.warmup_steps < c.train.steps
-         and c.optim.decay_of(c.train.steps) < (c.optim.decay_steps or 0) and [c.optim.decay_of(c.train.steps)],
-         "the run of train.steps={c.train.steps} has no room for {c.optim.decay_steps} after the warmup: the decay has "
-         "{found}"),
-    Rule("method.merge_every",
-         lambda c: c.method.merges and not _merges(c),
-         "nothing is merged: the first merge would follow step {c.method.merge_every}, but the run of "
-         "train.steps={c.train.steps}, or method.merge_until_step, ends before"),
+    Rule("train.steps",
+         lambda c: _cut_short(c),
+         "the run of {c.train.steps} steps ends {found}"),
     Rule("method.merge_every",
          lambda c: _merges(c) and c.optim.restart_warmup_steps and c.method.merge_every < c.optim.warmup_steps,
          "the first merge (step {c.method.merge_every}) comes before the warmup ends (step {c.optim.warmup_steps}): "
@@ -189,9 +262,6 @@ REMARKS = (
          lambda c: _merges(c) and c.optim.restart_warmup_steps > c.method.merge_every,
          "{c.optim.restart_warmup_steps} are more than the steps between merges: each warmup after a merge ends with "
          "the next one (method.merge_every={c.method.merge_every})"),
-    Rule("data.stages",
-         lambda c: [stage.from_step for stage in c.data.stages if stage.from_step > c.train.steps],
-         "the run of train.steps={c.train.steps} ends before the stage of step {found}"),
 )
 # of a Config and its number of ranks
 RANK_RULES = (

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from relora_mora.config.checks.data import misnamed_metric, missing_metric
+from relora_mora.config.checks.data import missing_metric
 from relora_mora.config.load import ConfigError, read_tree
 from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Positive, Seed, Strict, Text
@@ -34,9 +34,6 @@ class Choice(Strict):
     def _one_metric(self) -> "Choice":
         if (self.lowest is None) == (self.highest is None):
             raise ValueError("give `lowest` or `highest`, with a metric such as eval/loss")
-        fault = misnamed_metric(self.metric)
-        if fault is not None:
-            raise ValueError(f"{self.metric}: {fault}")
         return self
 
     @property

@@ -31,7 +31,7 @@ def run_cli(*arguments: str) -> int:
 
 
 def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(str(CONFIG), "--world_size=2", "--train.steps=2000", "--tokens_per_second=4096", "--json") == 0
+    assert run_cli(str(CONFIG), "--gpus_per_node=2", "--train.steps=2000", "--tokens_per_second=4096", "--json") == 0
     values = json.loads(capsys.readouterr().out)
     config = load_config(CONFIG)
     assert values["tokens"] == 8_192_000
@@ -63,21 +63,20 @@ def test_an_answer_has_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
     fits, _, sent = lines_of(capsys, *ask, "--nodes=1", "--train.zero_stage=0", "--train.micro_batch_size=1")
     assert "does NOT fit" in fits and "--train.zero_stage=1" in fits
     assert "within the host" in sent
-    fits, _, sent, *note = lines_of(capsys, config, sizes, "--device=a10g", "--world_size=1")
+    fits, _, sent, *note = lines_of(capsys, config, sizes, "--device=a10g", "--gpus_per_node=1")
     assert "does NOT fit" in fits and "lower train.micro_batch_size" in " ".join(note)
     assert "one device" in sent
-    fits, *_ = lines_of(capsys, "paper_250m_remora", "--device=a10g", "--world_size=1")
+    fits, *_ = lines_of(capsys, "paper_250m_remora", "--device=a10g", "--gpus_per_node=1")
     assert "GiB in host memory" in fits
-    needs, time, _ = lines_of(capsys, "tiny_full", "--world_size=2", "--device=cpu", "--tokens_per_second=2048")
+    needs, time, _ = lines_of(capsys, "tiny_full", "--gpus_per_node=2", "--device=cpu", "--tokens_per_second=2048")
     assert "for each process;" in needs and "33 min on 2 cpu" in time
 
 
 @each(
     ("arguments", "message"),
     [
-        (["--world_size=3"], "not a multiple of train.micro_batch_size 8 x 3 ranks"),
+        (["--gpus_per_node=3"], "not a multiple of train.micro_batch_size 8 x 3 ranks"),
         (["--nodes=2"], "--gpus_per_node: missing with --nodes=2"),
-        (["--nodes=2", "--world_size=2"], "--world_size: given together with --nodes"),
         (["--link_gbits=10"], "--link_gbits: a single host does not use its network"),
         (["--data.sequence_length=4096"], "max_position_embeddings"),
         (["--method.rank=33", "--method.operators=[6]"], "operator 6 needs an even R"),
@@ -120,5 +119,5 @@ def test_all_names_have_a_plan(
     for name in only or names:
         if not only and name.startswith("paper_"):
             continue  # their plans are in docs/recipes.md
-        first, *lines = lines_of(capsys, name, "--world_size=1", "--device=h100")
+        first, *lines = lines_of(capsys, name, "--gpus_per_node=1", "--device=h100")
         assert first.startswith("fits: ") and NOTES.get(name, "") in " ".join(lines), (name, first, lines)

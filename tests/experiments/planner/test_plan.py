@@ -216,7 +216,7 @@ def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("relora_mora.experiments.planner.given.peak_flops", lambda **_: (1e12, "the test"))
     seconds = []
     for ranks in (1, 2):
-        said = call(PLAN, "configs/run/tiny_remora.yaml", "--device=cpu", f"--world_size={ranks}", "--json")
+        said = call(PLAN, "configs/run/tiny_remora.yaml", "--device=cpu", f"--gpus_per_node={ranks}", "--json")
         assert said.code == 0, said
         seconds.append(json.loads(said.out)["seconds"])
     assert seconds[0] == pytest.approx(seconds[1])
