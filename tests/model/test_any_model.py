@@ -1,5 +1,6 @@
 """Models of families that the package does not know: each is asked for what it is, and compared with transformers."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ from relora_mora.model.config import family_of, parse_model_config
 from relora_mora.model.guard import examine
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.fit import check_adapters
+from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from relora_mora.system.process import missing_to_compile
+from relora_mora.train.begin.build import _describe
 from tests.tools.any_model import FAMILIES, FURTHER_FAMILIES, any_config
 from tests.tools.each import each
 from tests.tools.grids import rest
+from tests.tools.runs import log_lines
+from tests.tools.tiny import tiny_config
 
 ALL = [*FAMILIES, *rest(*((kind,) for kind in FURTHER_FAMILIES))]
 KINDS = sorted({**FAMILIES, **FURTHER_FAMILIES})
@@ -204,6 +209,27 @@ def test_experts_and_routers_train_only_if_asked() -> None:
     assert len(experts) == 3 * config.num_hidden_layers  # two kinds of experts and a router
     whole = meta_model(config, MethodConfig(name="full"))
     assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
+@each(
+    "kind,settings,said",
+    [
+        ("mixtral", {}, ["adapters on 8 linears, 14% of", "experts and routers have no adapters, and are frozen"]),
+        ("mixtral", {"train_experts": True}, ["experts and routers have no adapters, and train at full rank"]),
+        ("llama", {"target_modules": ["down_proj"]}, ["adapters on 2 linears, 20% of"]),
+        ("opt", {}, ["100% of", "needs all logits of a micro-batch at once, 1.2 GiB"]),
+    ],
+)
+def test_a_start_logs_what_has_adapters_and_what_needs_all_logits(
+    kind: str, settings: dict[str, Any], said: list[str]
+) -> None:
+    config = tiny_config(method=settings, data={"sequence_length": 2**18})
+    model_config = any_config(kind)
+    inputs: Any = SimpleNamespace(config=config, setup=Setup(config, 0, 1, bf16=False), model_config=model_config)
+    with log_lines("INFO") as lines:
+        _describe(meta_model(model_config, config.method), inputs)
+    assert all(words in "\n".join(lines) for words in said), lines
+    assert any("all logits" in line for line in lines) == (kind == "opt")
 
 
 def test_models_that_cannot_be_trained_are_refused_by_name() -> None:
