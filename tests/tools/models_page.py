@@ -8,7 +8,7 @@ from relora_mora.model.causal import empty_model, head_scale
 from relora_mora.model.guard import examine
 from relora_mora.optim.groups import adapted_share
 from relora_mora.sizing.work import meta_model
-from tests.tools.any_model import FAMILIES, FURTHER_FAMILIES, any_config
+from tests.tools.any_model import KINDS, any_config
 
 _HEAD = """\
 | `model_type` | linears | under adapters | attention | head | difference | boundaries |
@@ -18,7 +18,7 @@ _HEAD = """\
 
 def generated() -> str:
     """A table with a row for each family."""
-    return _HEAD + "".join(_row(kind) for kind in sorted({**FAMILIES, **FURTHER_FAMILIES}))
+    return _HEAD + "".join(_row(kind) for kind in sorted(KINDS))
 
 
 def _row(kind: str) -> str:
