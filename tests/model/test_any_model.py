@@ -29,7 +29,6 @@ from relora_mora.system.process import missing_to_compile
 from relora_mora.train.begin.build import _describe
 from tests.tools.any_model import FAMILIES, KINDS, any_config, some
 from tests.tools.each import each
-from tests.tools.runs import log_lines
 from tests.tools.tiny import tiny_config
 
 
@@ -110,7 +109,7 @@ class NoValueIsRead(TorchDispatchMode):
 @each("attention", ["auto", "eager"])
 def test_no_value_is_read_back_in_a_forward_of_transformers(kind: str, attention: str) -> None:
     """Transformers would read positions back to find documents; here they are known."""
-    lm = build_model(any_config(kind), seed=0, attention=attention)
+    lm = build_model(any_config(kind), seed=0, attention=attention).eval()
     ids = torch.randint(64, (2, 24))
     expected = body_of(lm)[1](input_ids=ids, use_cache=False)[0]
     module = LossModel(lm)
@@ -199,15 +198,15 @@ def test_experts_and_routers_train_only_if_asked() -> None:
     ],
 )
 def test_a_start_logs_what_has_adapters_and_what_needs_all_logits(
-    kind: str, settings: dict[str, Any], said: list[str]
+    kind: str, settings: dict[str, Any], said: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_config(method=settings, data={"sequence_length": 2**18})
     model_config = any_config(kind)
     inputs: Any = SimpleNamespace(config=config, setup=Setup(config, 0, 1, bf16=False), model_config=model_config)
-    with log_lines("INFO") as lines:
+    with caplog.at_level("INFO"):
         _describe(meta_model(model_config, config.method), inputs)
-    assert all(words in "\n".join(lines) for words in said), lines
-    assert any("all logits" in line for line in lines) == (kind == "opt")
+    assert all(words in caplog.text for words in said), caplog.text
+    assert ("all logits" in caplog.text) == (kind == "opt")
 
 
 def test_models_that_cannot_be_trained_are_refused_by_name() -> None:
