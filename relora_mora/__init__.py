@@ -1,4 +1,4 @@
-"""Trains LLaMA-style language models with MoRA and ReMoRA, and brings both to training loops of one's own.
+"""Trains causal language models with MoRA and ReMoRA, and brings both to training loops of one's own.
 
 The names below are the library (docs/library.md). Each is imported when it is used: importing the package alone imports
 neither torch nor DeepSpeed.

@@ -85,10 +85,10 @@ def main(
             table_of_sets,
             tokenizer_of,
         )
-        from relora_mora.model.config import check_length
+        from relora_mora.model.config import check_length, positions_in
         from relora_mora.model.guard import compared_by_tests, examine
         from relora_mora.system.logs import counted
-        from relora_mora.weights.foreign import is_foreign, positions_in
+        from relora_mora.weights.foreign import is_foreign
         from relora_mora.weights.load import find_model
         from relora_mora.weights.peft import is_adapter
 

@@ -8,6 +8,8 @@ from relora_mora.cli.arguments import PositiveInt, Precision
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
 
+_OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # of GGUF
+
 
 def main(
     checkpoint: str,
@@ -42,7 +44,6 @@ def main(
     with many_imports():
         import torch
 
-        from relora_mora.weights.card import gguf_command
         from relora_mora.weights.export import export
         from relora_mora.weights.push import open_repository, upload
 
@@ -60,6 +61,7 @@ def main(
         )
     print(f"exported {exported} to {out} ({format}, {dtype})")
     if format == "merged":
-        print(f"as GGUF, if llama.cpp has this family: {gguf_command(out, dtype)}")
+        convert = f"python llama.cpp/convert_hf_to_gguf.py {out} --outfile model.gguf --outtype {_OUTTYPES[dtype]}"
+        print(f"as GGUF, if llama.cpp has this family: {convert}")
     if push is not None:
         print(f"uploaded to {upload(hub, push, Path(out), f'Export {exported.name}')}")

@@ -47,8 +47,8 @@ def main(
         from transformers import TextStreamer
 
         from relora_mora.evaluation.score import ready_to_generate
+        from relora_mora.model.config import positions_in
         from relora_mora.tokenizer.load import quiet_transformers
-        from relora_mora.weights.foreign import positions_in
         from relora_mora.weights.load import find_model
 
     source = find_model(Path(model), None if base is None else Path(base))

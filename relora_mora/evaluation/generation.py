@@ -2,8 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data.held_out import Answer
 from relora_mora.data.records.passages import special_tokens
+from relora_mora.evaluation.ranks import ALONE, Ranks
 from relora_mora.model.documents import SDPA_OR_DOCUMENTS
 from relora_mora.system.hardware import to_device
 
 
-@dataclass(frozen=True)
-class Generated:
+class Generated(NamedTuple):
     """Counts over generated answers: how many are ``exact``, and how many of their ``characters`` agree by position."""
 
     answers: int
@@ -27,7 +27,7 @@ class Generated:
     @staticmethod
     def of_all(results: "Iterable[Generated]") -> "Generated":
         """The total over several sets."""
-        return Generated(*map(sum, zip(*map(astuple, results), strict=True)))
+        return Generated(*map(sum, zip(*results, strict=True)))
 
     def as_dict(self) -> dict[str, float]:
         return {
@@ -57,28 +57,24 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    all_sum: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
-    before_batch: Callable[[], object] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Generated:
     """Generates each answer once, for any number of ranks, with batches of ``batch_size`` on each rank.
 
     As many tokens are generated as the expected answer has. Both texts end before the first special token, such as EOS.
     If an answer begins with special tokens, as in some templates, they are given as part of the prompt. All ranks make
-    the same number of forward passes, since ZeRO-3 gathers weights in each. ``before_batch`` and ``all_sum`` are
-    as in :func:`relora_mora.evaluation.loss.evaluate`.
+    the same number of forward passes, since ZeRO-3 gathers weights in each.
     """
     counts = torch.zeros(4, dtype=torch.float64)
     special = special_tokens(tokenizer)
     ordered = sorted(  # batches of similar lengths need little padding
         (_with_leading_tokens_in_prompt(each, special) for each in answers), key=lambda each: len(each.prompt)
     )
-    per_round = batch_size * world_size
+    per_round = batch_size * ranks.world_size
     for first in range(0, len(ordered), per_round):
-        before_batch()
+        ranks.go_on(True)
         all_ranks = ordered[first : first + per_round]
-        own = all_ranks[rank::world_size]
+        own = all_ranks[ranks.rank :: ranks.world_size]
         batch = own or all_ranks[:1]  # a rank without an answer takes part in the forward passes
         prompts = [torch.from_numpy(each.prompt) for each in batch]
         wanted = [len(each.answer) for each in batch]
@@ -88,7 +84,7 @@ def generate_answers(
             generated = text_of(tokenizer, ids[: len(answer)], special)
             same = agreeing_characters(generated, expected)
             counts += counts.new_tensor([1, generated == expected, len(expected), same])
-    return Generated(*map(round, all_sum(counts.to(device)).tolist()))
+    return Generated(*map(round, ranks.all_sum(counts.to(device)).tolist()))
 
 
 def _with_leading_tokens_in_prompt(answer: Answer, special: Set[int]) -> Answer:

@@ -22,11 +22,12 @@ from relora_mora.data.records.encoders import own_prefix
 from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.evaluation.generation import attention_with_a_mask
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
+from relora_mora.evaluation.ranks import ALONE, Ranks
+from relora_mora.model.config import positions_in
 from relora_mora.system.bars import is_watched
 from relora_mora.system.files import append_synced
 from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.weights.foreign import positions_in
 
 Results = dict[str, dict[str, float]]  # by task and metric
 SEED = 1234  # of lm-eval
@@ -54,20 +55,6 @@ class TaskSettings:
         """The scores as metrics of a run, such as ``tasks/mmlu/acc/5-shot``."""
         scores = ((f"{task}/{metric}", value) for task, found in results.items() for metric, value in found.items())
         return {f"tasks/{name}{self.suffix}": value for name, value in scores}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How ranks share the rows of a task; the defaults are those of one process.
-
-    ``gather`` returns the values of all ranks. ``any_runs`` is called by all ranks together and says whether one of
-    them is still running.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    any_runs: Callable[[bool], bool] = lambda running: running
 
 
 def check_tasks(settings: TaskSettings) -> None:
@@ -142,7 +129,7 @@ class Tasks:
 
     @torch.no_grad()
     def score(
-        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, ranks: Ranks | None = None
+        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, ranks: Ranks = ALONE
     ) -> Results:
         """Scores a model, on its device, and returns the same results on all ranks; a collective.
 
@@ -168,7 +155,7 @@ class Tasks:
                 prefix_token_id=None if own_prefix(tokenizer) else tokenizer.eos_token_id,
             )
             for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-                setattr(model, kind, _shared(getattr(model, kind), lm, ranks or Ranks()))
+                setattr(model, kind, _shared(getattr(model, kind), lm, ranks))
             # simple_evaluate would also describe the machine, which takes seconds
             results = evaluate(model, self._loaded, self.settings.limit, bootstrap_iters=0, log_samples=False)
         if cuts:
@@ -193,14 +180,14 @@ def _shared(answer: Callable[[Any], list[Any]], lm: PreTrainedModel, ranks: Rank
         own = [request for request, owner in zip(requests, owners, strict=True) if owner == ranks.rank]
 
         def before(*_: Any) -> None:
-            ranks.any_runs(True)
+            ranks.go_on(True)
 
         hook = lm.register_forward_pre_hook(before)
         try:
             answers = answer(own) if own else []
         finally:
             hook.remove()
-        while ranks.any_runs(False):
+        while ranks.go_on(False):
             lm(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=lm.device))
         asked = xxhash.xxh3_64_hexdigest(repr([request.args for request in requests]).encode())
         digests, parts = zip(*ranks.gather((asked, iter(answers))), strict=True)  # a list iterator can be pickled

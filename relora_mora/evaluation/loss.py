@@ -12,11 +12,11 @@ from relora_mora.config.data import DataConfig, set_setting
 from relora_mora.data.errors import SourceError
 from relora_mora.data.held_out import EvalSet, load_eval_set
 from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.evaluation.ranks import ALONE, Ranks
 from relora_mora.model.loss import IGNORE
 from relora_mora.system.hardware import to_device
 
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Update = Callable[[int, int], object]  # (tokens scored, all tokens)
 
 
 @dataclass(frozen=True)
@@ -99,61 +99,49 @@ def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None, answ
     return sets
 
 
-def evaluate_sets(
-    score: Callable[[EvalSet, Update], EvalResult], sets: Mapping[str, EvalSet], progress: Update
+@torch.no_grad()
+def evaluate(
+    mean_loss: MeanLoss,
+    sets: Mapping[str, EvalSet],
+    *,
+    micro_batch_size: int,
+    device: torch.device,
+    shrinks: bool = True,
+    ranks: Ranks = ALONE,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, EvalResult]:
-    """The result of ``score`` for each set by name.
+    """Scores every token of each set once, for any number of ranks; returns the results by name.
 
-    ``score(set, update)`` calls :func:`evaluate` with its arguments; ``progress`` counts the tokens of all sets.
+    ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` returns the mean nats of the labels that
+    are not -100; with boundaries (:func:`document_boundaries`) each document is scored independently. ``shrinks``:
+    batches of few sequences are no larger than needed. ``progress`` is called after each batch with the tokens scored
+    so far, which one of several ranks estimates, and the tokens of all sets.
+
+    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. The host
+    waits for the device, and thus for other ranks under ZeRO-3, only at the end of a set.
     """
     total = sum(data.predicted for data in sets.values())
     before = 0
     results: dict[str, EvalResult] = {}
     for name, data in sets.items():
-        results[name] = score(data, lambda done, _, before=before: progress(before + done, total))  # type: ignore[misc]
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        scored = 0
+        for input_ids, labels, documents in data.batches(
+            ranks.rank, ranks.world_size, micro_batch_size, shrinks=shrinks
+        ):
+            ranks.go_on(True)
+            count = int((labels != IGNORE).sum())
+            boundaries = None if documents is None else to_device(document_boundaries(documents), device)
+            loss = mean_loss(to_device(input_ids, device), to_device(labels, device), boundaries)
+            sums[0] += loss.double() * count
+            sums[1] += count
+            scored += count * ranks.world_size
+            progress(before + min(scored, data.predicted), total)
+        nats, tokens = ranks.all_sum(sums).tolist()
+        assert round(tokens) == data.predicted, f"scored {tokens:.0f} tokens of {data.predicted}"
+        results[name] = EvalResult(nats, data.predicted, data.utf8_bytes, data.digest)
         before += data.predicted
     return results
-
-
-@torch.no_grad()
-def evaluate(
-    mean_loss: MeanLoss,
-    data: EvalSet,
-    *,
-    micro_batch_size: int,
-    shrinks: bool = True,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    all_sum: Callable[[Tensor], Tensor] = lambda values: values,
-    before_batch: Callable[[], object] = lambda: None,
-    progress: Update = lambda done, total: None,
-) -> EvalResult:
-    """Scores every token of ``data`` once, for any number of ranks.
-
-    ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` returns the mean nats of the labels that
-    are not -100; with boundaries (:func:`document_boundaries`) each document is scored independently. ``all_sum`` sums
-    over the ranks. ``shrinks``: batches of few sequences are no larger than needed.
-
-    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each.
-    ``before_batch`` is called before each batch, and may raise an exception on all ranks. ``progress`` is called after
-    each batch with the tokens scored so far, which one of several ranks estimates, and all tokens. The host waits for
-    the device, and thus for other ranks under ZeRO-3, only in ``all_sum``.
-    """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    scored = 0
-    for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size, shrinks=shrinks):
-        before_batch()
-        count = int((labels != IGNORE).sum())
-        boundaries = None if documents is None else to_device(document_boundaries(documents), device)
-        loss = mean_loss(to_device(input_ids, device), to_device(labels, device), boundaries)
-        totals[0] += loss.double() * count
-        totals[1] += count
-        scored += count * world_size
-        progress(min(scored, data.predicted), data.predicted)
-    nats, tokens = all_sum(totals).tolist()
-    assert round(tokens) == data.predicted, f"scored {tokens:.0f} tokens of {data.predicted}"
-    return EvalResult(nats, data.predicted, data.utf8_bytes, data.digest)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from relora_mora.data.held_out import EvalSet
-from relora_mora.evaluation.loss import EvalResult, evaluate, evaluate_sets, is_causal
+from relora_mora.evaluation.loss import EvalResult, evaluate, is_causal
 from relora_mora.model.causal import LossModel
 from relora_mora.system.bars import Bar
 from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
@@ -64,13 +64,7 @@ def score_sets(lm: Any, sets: Mapping[str, EvalSet], micro_batch_size: int) -> d
     mean_loss = LossModel(lm)
     try:
         with Bar("evaluation", "token") as bar:
-            return evaluate_sets(
-                lambda each, update: evaluate(
-                    mean_loss, each, micro_batch_size=rows, device=lm.device, progress=update
-                ),
-                sets,
-                bar.update,
-            )
+            return evaluate(mean_loss, sets, micro_batch_size=rows, device=lm.device, progress=bar.update)
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
             [length] = {each.scored.shape[1] for each in sets.values()}

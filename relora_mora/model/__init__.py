@@ -1,1 +1,1 @@
-"""The LLaMA family: configs, model and loss."""
+"""Any causal language model of transformers: its config, its forward and its loss."""

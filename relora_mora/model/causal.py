@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from relora_mora.adapters.inject import decoder_layers
-from relora_mora.model.compiling import compile_layers
+from relora_mora.model.compiling import RECOMPILE_LIMIT, allow_programs
 from relora_mora.model.documents import SDPA_OR_DOCUMENTS, documents, needs_no_mask
 from relora_mora.model.loss import IGNORE, LossHead, bytes_per_logit, loss_chunk
 from relora_mora.system.seeds import derived_seed
@@ -219,7 +219,9 @@ class LossModel(nn.Module):
         self.takes = inspect.signature(body_of(lm)[1].forward).parameters
         self.compiled = compiled
         if compiled:
-            compile_layers(layer for _, layer in decoder_layers(lm))
+            allow_programs(RECOMPILE_LIMIT)
+            for _, layer in decoder_layers(lm):  # at its first use, for each shape and operator
+                layer.compile(dynamic=False)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, boundaries: Tensor | None = None, tokens: float | None = None

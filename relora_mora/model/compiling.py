@@ -1,9 +1,6 @@
 """torch.compile of the decoder layers, each as one program."""
 
-from collections.abc import Iterable
-
 import torch
-from torch import nn
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
@@ -41,10 +38,3 @@ def allow_programs(count: int) -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, count)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, count)
-
-
-def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """Compiles each decoder layer as one program, for each shape and operator at its first use."""
-    allow_programs(RECOMPILE_LIMIT)
-    for layer in layers:
-        layer.compile(dynamic=False)

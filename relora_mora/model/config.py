@@ -274,6 +274,12 @@ def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> li
     return [(key, there[key], here[key]) for key in here if there[key] != here[key]]
 
 
+def positions_in(model_config: PreTrainedConfig) -> int | None:
+    """The longest input of a model in tokens; None if its config has no limit, which some configs write as -1."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
+
+
 def check_length(
     model_config: PreTrainedConfig, sequence_length: int, source: str, *, separate_documents: bool = False
 ) -> None:
@@ -281,16 +287,16 @@ def check_length(
 
     ``source`` is the config file. ``separate_documents``: each document in a sequence has its own positions.
     """
-    positions = getattr(model_config, "max_position_embeddings", None)
     rope: dict[str, Any] = getattr(model_config, "rope_parameters", None) or {}
     # longrope switches to other frequencies if the longest document of a batch is longer
     longest = rope[ORIGINAL] if separate_documents and rope.get("rope_type") == "longrope" else None
+    positions = positions_in(model_config)
     limits = [
         (positions, "max_position_embeddings", "shorten it, or set model.overrides.max_position_embeddings"),
         (longest, ORIGINAL, "longrope then depends on the other documents; shorten it, or pack without a mask"),
     ]
     for limit, name, remedy in limits:
-        if limit is not None and 0 < limit < sequence_length:  # some configs write no limit as -1
+        if limit is not None and limit < sequence_length:
             fault = f"data.sequence_length: {sequence_length} is more than the model's {name} ({limit}); {remedy}"
             raise ConfigError([fault], source)
 

@@ -42,13 +42,6 @@ def check_attention(settings: ModelConfig, *, bf16: bool) -> None:
     raise ConfigError([fault], "the settings")
 
 
-def document_positions(boundaries: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """boundaries [P + 1], shape (B, T) -> the document of each token and its position in it, both int64 [B, T]."""
-    token = torch.arange(shape.numel(), device=boundaries.device)
-    document = torch.searchsorted(boundaries, token, right=True) - 1
-    return document.view(shape), (token - boundaries[document]).view(shape)
-
-
 @contextlib.contextmanager
 def documents(boundaries: Tensor | None, shape: torch.Size, *, flash: bool) -> Iterator[Tensor | None]:
     """Keeps documents apart in all masks that are built inside; yields the position of each token in its document.
@@ -59,7 +52,10 @@ def documents(boundaries: Tensor | None, shape: torch.Size, *, flash: bool) -> I
     _Batch.known = True
     _Batch.flash = flash
     if boundaries is not None:
-        _Batch.numbers, _Batch.positions = document_positions(boundaries, shape)
+        token = torch.arange(shape.numel(), device=boundaries.device)
+        document = torch.searchsorted(boundaries, token, right=True) - 1
+        _Batch.numbers = document.view(shape)
+        _Batch.positions = (token - boundaries[document]).view(shape)
     try:
         yield _Batch.positions
     finally:

@@ -27,7 +27,7 @@ class LossHead(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        assert linear.bias is None, "LLaMA's head has no bias"
+        assert linear.bias is None, "a head with a bias is not fused with the loss"
         self.weight: Tensor = linear.weight  # [V, H]; tied embeddings are the same tensor
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, tokens: float | None = None) -> Tensor:

@@ -109,6 +109,14 @@ def expert_parameters(model: nn.Module) -> set[str]:
     return {name for name, parameter in inside if parameter.dim() > 1 and name not in linears}
 
 
+def adapted_share(model: nn.Module) -> float:
+    """The share of the weights in matrices of decoder layers that are under adapters; 0.14 in a small Mixtral."""
+    linears = sum(linear.in_features * linear.out_features for _, linear in decoder_linears(model))
+    experts = sum(model.get_parameter(name).numel() for name in expert_parameters(model))
+    under = sum(layer.in_features * layer.out_features for _, layer in adapter_layers(model))
+    return under / max(1, linears + experts)
+
+
 def parameter_groups(model: nn.Module, optim: OptimConfig, *, keeps_rows: bool = False) -> list[ParameterGroup]:
     """The groups of trainable parameters in a fixed order, without empty groups.
 

@@ -19,7 +19,6 @@ from relora_mora.system.logs import counted
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 CARD = "README.md"
-_OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)")  # the folder of a model in the hub's cache
 _OF_TRAINING = ("data.document_mask", "data.packing", "data.seed", "train.epochs", "train.precision", "train.seed")
 _LICENSE = "none is chosen yet: name one that the base model and the data allow, here and in the header"
@@ -84,11 +83,6 @@ def _figures(run: RunFolder, step: int) -> Iterator[str]:
             text = name.removeprefix("eval/").rstrip("/") or "all"
             yield f"| {text} | {last[f'{name}perplexity']:,.2f} | {shown} |\n"
         yield "\n"
-
-
-def gguf_command(folder: str, dtype: str) -> str:
-    """The command of llama.cpp that converts an export."""
-    return f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf --outtype {_OUTTYPES[dtype]}"
 
 
 def _shown(place: str) -> str:

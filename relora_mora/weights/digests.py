@@ -6,6 +6,7 @@ from pathlib import Path
 
 import xxhash
 
+from relora_mora.checkpoint.layout import list_checkpoints
 from relora_mora.config.schema import ModelConfig
 from relora_mora.data.content import samples_digest
 from relora_mora.data.errors import SourceError
@@ -50,10 +51,7 @@ def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
 
 def _digest(path: Path) -> str | None:
     """The digest of the model or adapter in a folder, or of the newest checkpoint in it; None if there is none."""
-    checkpoints = [
-        each for folder in (path, RunFolder(path).checkpoints) for each in sorted(folder.glob("step-*[0-9]"))[::-1]
-    ]
-    for folder in (path, *checkpoints):
+    for folder in (path, *list_checkpoints(path), *list_checkpoints(RunFolder(path).checkpoints)):
         files = [file for pattern in FILES for file in sorted(folder.glob(pattern))]
         if files:
             samples = "".join(f"{file.name} {samples_digest(str(file))}\n" for file in files)

@@ -123,9 +123,3 @@ def check_files(path: Path) -> None:
 def has_weights(path: Path) -> bool:
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any((path / name).exists() for name in names)
-
-
-def positions_in(config: PreTrainedConfig) -> int | None:
-    """The longest input of a model in tokens; None if its config has no limit, which some configs write as -1."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if positions is not None and positions > 0 else None

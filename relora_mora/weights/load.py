@@ -16,11 +16,17 @@ from relora_mora.config.data import CHATML, DataConfig, TextSource
 from relora_mora.config.data_flags import SCORING, read_data
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import ModelConfig
-from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
+from relora_mora.model.config import (
+    parse_model_config,
+    plain_model_config,
+    positions_in,
+    read_model_config,
+    stored_model_config,
+)
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
 from relora_mora.weights.export import merged_model, merged_weights, model_without_values
-from relora_mora.weights.foreign import any_config, foreign_config, is_foreign, load_foreign, positions_in
+from relora_mora.weights.foreign import any_config, foreign_config, is_foreign, load_foreign
 from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 T = TypeVar("T", DataConfig, TextSource)

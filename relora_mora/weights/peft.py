@@ -253,11 +253,8 @@ class AdapterFolder:
 
 def _layer_value(pattern: Mapping[str, float] | None, layer: str, default: T) -> float | T:
     """The value for a layer: that of the first key that matches it by ``peft.utils.other.get_pattern_key``."""
-    return next((value for key, value in (pattern or {}).items() if _matches(key, layer)), default)
-
-
-def _matches(key: str, layer: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", layer) is not None
+    matching = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(matching, default)
 
 
 def base_sample(name: str, weight: Tensor) -> str:

@@ -16,6 +16,7 @@ from relora_mora.evaluation.generation import (
     greedy,
     text_of,
 )
+from relora_mora.evaluation.ranks import Ranks
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.runs import LLAMA
 
@@ -103,7 +104,7 @@ def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path)
     for world_size, batch_size in ((1, 8), (1, 3), (2, 1), (3, 1), (8, 2)):
         results = [
             generate_answers(
-                lm, answers, tokenizer=tokenizer, batch_size=batch_size, device=CPU, rank=rank, world_size=world_size
+                lm, answers, tokenizer=tokenizer, batch_size=batch_size, device=CPU, ranks=Ranks(rank, world_size)
             )
             for rank in range(world_size)
         ]

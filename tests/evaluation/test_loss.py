@@ -6,28 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    XLNetConfig,
-    XLNetLMHeadModel,
-)
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.data import DataConfig, RecordsConfig
 from relora_mora.config.data_flags import parse_typed
 from relora_mora.data.errors import SourceError
 from relora_mora.data.named_sets import with_commits
-from relora_mora.evaluation.loss import (
-    EvalResult,
-    evaluate,
-    evaluate_sets,
-    held_out,
-    is_causal,
-)
+from relora_mora.evaluation.loss import EvalResult, evaluate, held_out, is_causal
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.load import ModelSource, find_model
@@ -35,6 +21,7 @@ from tests.tools.any_model import any_config
 from tests.tools.commands import EVALUATE, Answer, call, refused
 from tests.tools.data_tools import data_config, eval_set, write_shard
 from tests.tools.each import each
+from tests.tools.runs import LLAMA
 from tests.tools.tiny import tiny_llama
 
 TEXTS = ["the rank of a merge", "größer als the matrix", "🙂 one more of the same"]
@@ -50,8 +37,8 @@ def _gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
 
 
-def _score(model, data, micro_batch_size=2, **settings) -> EvalResult:
-    return evaluate(model, data, micro_batch_size=micro_batch_size, device=torch.device("cpu"), **settings)
+def _score(model, data, micro_batch_size=2) -> EvalResult:
+    return evaluate(model, {"": data}, micro_batch_size=micro_batch_size, device=torch.device("cpu"))[""]
 
 
 def test_every_token_counts_once_with_any_batch_size(source, tokenizer_path):
@@ -73,13 +60,14 @@ def test_sets_are_scored_in_turn(source, tokenizer_path, tmp_path):
         update={"validation": {"all": str(source), "two": [str(other)]}}
     )
     sets = held_out(config, tokenizer_path, max_tokens=None)
-    mean_loss = LossModel(_gpt2())
     steps: list[tuple[int, int]] = []
-
-    def score(data, update):
-        return _score(mean_loss, data, progress=update)
-
-    results = evaluate_sets(score, sets, lambda done, total: steps.append((done, total)))
+    results = evaluate(
+        LossModel(_gpt2()),
+        sets,
+        micro_batch_size=2,
+        device=torch.device("cpu"),
+        progress=lambda done, total: steps.append((done, total)),
+    )
     assert {name: result.tokens for name, result in results.items()} == {
         name: data.predicted for name, data in sets.items()
     }
@@ -197,35 +185,17 @@ def test_other_content_of_a_foreign_folder_is_reported(tmp_path, caplog):
         find_model(folder).read(torch.float32)
 
 
-def _bert(*, is_decoder: bool) -> BertLMHeadModel:
-    config = {
-        "vocab_size": 320,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    return BertLMHeadModel(BertConfig(**config, is_decoder=is_decoder, initializer_range=0.5)).eval()
-
-
 def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, tmp_path):
     """Its loss would look like a very good one."""
     torch.manual_seed(0)
-    xlnet = XLNetLMHeadModel(
-        XLNetConfig(vocab_size=320, d_model=16, n_layer=1, n_head=2, d_inner=16, initializer_range=0.5)
-    ).eval()
-    for lm in (_bert(is_decoder=False), xlnet):
-        folder = tmp_path / type(lm).__name__
-        lm.save_pretrained(folder)
-        answer = call(EVALUATE, folder, f"--data={source}", f"--tokenizer={tokenizer_path}")
-        refused(
-            answer,
-            str(folder),
-            f"{type(lm).__name__} predicts a token from the token itself and later ones",
-            notes=_lines(answer) - 1,
-        )
-    for lm in (_bert(is_decoder=True), _gpt2()):
-        assert is_causal(lm, torch.device("cpu"))
+    sizes = {**LLAMA, "num_hidden_layers": 1, "initializer_range": 0.5}
+    encoder, decoder = (BertLMHeadModel(BertConfig(**sizes, is_decoder=causal)).eval() for causal in (False, True))
+    encoder.save_pretrained(tmp_path)
+    answer = call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tokenizer_path}")
+    says = f"{tmp_path} (bert): BertLMHeadModel predicts a token from the token itself and later ones"
+    refused(answer, says, notes=_lines(answer) - 1)
+    assert is_causal(decoder, torch.device("cpu"))
+    assert is_causal(_gpt2(), torch.device("cpu"))
 
 
 def test_records_packed_whole_cannot_be_scored_without_a_document_mask(source, tokenizer_path, tmp_path):

@@ -18,12 +18,12 @@ from tests.kernels.test_kernels import (
     test_expand_add_rounds_once,
     test_sums_of_any_number_and_layout_of_rows,
 )
+from tests.model.test_any_model import test_gradients_are_those_of_transformers
 from tests.model.test_attention import DOCUMENTS, loss_and_gradients
-from tests.model.test_llama import (
+from tests.model.test_loss import (
     test_chunked_loss_and_gradients_equal_plain_cross_entropy,
-    test_the_wrapped_model_has_transformers_loss_and_gradients,
+    test_loss_and_gradient_agree_with_float64,
 )
-from tests.model.test_loss import test_loss_and_gradient_agree_with_float64
 from tests.test_operators import test_an_operator_in_the_types_of_training_agrees_with_float64
 from tests.tools.tiny import tiny_llama
 from tests.weights.conftest import hf_tokenizer, model, run

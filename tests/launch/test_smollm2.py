@@ -1,14 +1,22 @@
 """A real pretrained LLaMA out of the package index."""
 
+import gzip
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tools.commands import EXPORT, FINETUNE, call, module_of, refused
+from relora_mora.config.load import load_config
+from relora_mora.weights.vocabulary import add_rows, with_vocabulary
+from tests.tools.commands import EXPORT, FINETUNE, PRETRAIN, call, module_of, refused
+from tests.tools.runs import logged_values
+from tests.tools.shared import SHARED, needs_shared
 
 pytestmark = pytest.mark.more
 
@@ -33,8 +41,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answer_of(folder: Path, question: str) -> str:
     """In plain transformers, by the chat template."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": question}]
@@ -69,3 +75,65 @@ def test_a_fine_tuned_export_answers_through_plain_transformers(pools: Any, smol
     assert call(EXPORT, tmp_path / "run", tmp_path / "out").code == 0
     assert answer_of(smollm2, question).strip() != answer
     assert answer_of(tmp_path / "out", question).strip() == answer
+
+
+@pytest.fixture(scope="module")
+def abstracts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the biomedical documents in the shared text."""
+    found = tmp_path_factory.mktemp("abstracts") / "abstracts.jsonl"
+    with found.open("w") as out:
+        for path in sorted((SHARED / "data" / "c4like" / "train").glob("*.json.gz")):
+            with gzip.open(path, "rt") as lines:
+                out.writelines(line for line in lines if "pubmedqa" in json.loads(line)["url"])
+    return found
+
+
+@needs_shared
+@pytest.mark.distributed
+def test_a_thousand_biomedical_tokens_from_the_extension_to_an_export(
+    pools: Any, smollm2: Path, abstracts: Path, tmp_path: Path
+) -> None:
+    extension = call("extend-tokenizer", smollm2, tmp_path / "tokenizer", f"--data={abstracts}", "--pieces=1000")
+    assert "1,000 new tokens, 50,152 token ids" in extension.out, extension.err
+    before, after = map(float, re.findall(r"([\d.]+) (?:before|after)", extension.out))
+    assert after > 1.01 * before
+    settings = {
+        "model": {"init_from": str(smollm2), "new_tokens": "mean_of_pieces"},
+        "tokenizer": {"path": str(tmp_path / "tokenizer")},
+        "data": {"train": str(abstracts), "validation": str(abstracts), "sequence_length": 64, "workers": 0},
+        "method": {"name": "remora", "rank": 4, "train_embeddings": "new", "train_norms": False, "train_head": False},
+        "optim": {"lr": 1e-4, "lr_other": 1e-3, "warmup_steps": 1},
+        "train": {"run_dir": str(tmp_path / "run"), "steps": 4, "batch_size": 2, "micro_batch_size": 2},
+        "eval": {"max_tokens": 200},
+        "log": {"progress": False, "tensorboard": False},
+    }
+    settings["method"] |= {"merge_every": 2}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+
+    plain = AutoModelForCausalLM.from_pretrained(smollm2)
+    rows = plain.get_input_embeddings().weight.detach().clone()
+    text = "The committee will meet on Thursday to discuss the new library, which opens to the public next spring."
+    ids = AutoTokenizer.from_pretrained(smollm2)(text, return_tensors="pt").input_ids
+    weights = dict(plain.state_dict())
+    add_rows(weights, plain, with_vocabulary(load_config(path)))
+    with torch.no_grad():
+        loss = plain(ids, labels=ids).loss
+        plain.resize_token_embeddings(50176, mean_resizing=False)
+        plain.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+        logits = plain(ids).logits[0, :-1, : len(rows)]
+    over_old_tokens = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+    assert over_old_tokens.item() == pytest.approx(loss.item(), abs=1e-5)
+
+    [run] = pools(1)(call, PRETRAIN, path)
+    assert run.code == 0, run.err
+    losses = logged_values(tmp_path / "run", "eval/bits_per_byte")
+    assert losses[-1] < losses[0]
+    assert call(EXPORT, tmp_path / "run", tmp_path / "out").code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (model.config.vocab_size, len(tokenizer)) == (50176, 50152)
+    assert torch.equal(model.get_input_embeddings().weight[: len(rows)], rows)
+    question = tokenizer(f"Patients with{tokenizer.decode([len(rows)])}", return_tensors="pt")
+    assert max(question.input_ids[0]) >= len(rows)
+    assert tokenizer.decode(model.generate(**question, max_new_tokens=4, do_sample=False)[0])

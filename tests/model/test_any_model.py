@@ -1,48 +1,47 @@
 """Models of families that the package does not know: each is asked for what it is, and compared with transformers."""
 
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
 
 from relora_mora.adapters.inject import decoder_linears
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.generation import greedy
+from relora_mora.kernels import ops
 from relora_mora.model import causal, documents
-from relora_mora.model.causal import LossModel, build_model, empty_model, initial_values
+from relora_mora.model.causal import LossModel, body_of, build_model, empty_model, ends_of, initial_values
 from relora_mora.model.config import family_of, parse_model_config
 from relora_mora.model.guard import examine
-from relora_mora.optim.groups import count_parameters
+from relora_mora.optim.groups import count_parameters, group_of
 from relora_mora.sizing.fit import check_adapters
+from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from relora_mora.system.process import missing_to_compile
-from tests.tools.any_model import FAMILIES, FURTHER_FAMILIES, any_config
+from relora_mora.train.begin.build import _describe
+from tests.tools.any_model import FAMILIES, KINDS, any_config, some
 from tests.tools.each import each
-from tests.tools.grids import rest
-
-ALL = [*FAMILIES, *rest(*((kind,) for kind in FURTHER_FAMILIES))]
-KINDS = sorted({**FAMILIES, **FURTHER_FAMILIES})
+from tests.tools.tiny import tiny_config
 
 
-def some(*kinds: str) -> list[Any]:
-    """All kinds of models; ``make test`` has these."""
-    return [*kinds, *rest(*((kind,) for kind in KINDS if kind not in kinds))]
-
-
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", some(*FAMILIES))
 def test_loss_and_documents_are_those_of_transformers(kind: str) -> None:
     """Sequences are longer than the windows of attention, and a document in a sequence computes what it does alone."""
-    linears = (FAMILIES | FURTHER_FAMILIES)[kind]
     config = any_config(kind)
-    findings = examine(config, attention="auto", documents=True)
-    assert findings.difference < 1e-5
+    for attention in ("auto", "eager"):
+        assert examine(config, attention=attention, documents=True).difference < 1e-5
     lm = empty_model(config)
+    assert {group_of(name, lm.get_parameter(name).shape) for name in ends_of(lm)} == {"embeddings"}
     names = [name for name, _ in decoder_linears(lm)]
-    assert len({name.rpartition(".")[2] for name in names}) == linears
+    assert len({name.rpartition(".")[2] for name in names}) == KINDS[kind]
     method = MethodConfig(name="remora", rank=2)
     check_adapters(config, method)
     counts = count_parameters(meta_model(config, method))
@@ -79,66 +78,49 @@ def test_a_model_whose_documents_leak_trains_only_without_a_mask(kind: str) -> N
     assert examine(config, attention="auto", documents=False).difference < 1e-5
 
 
-@pytest.mark.parametrize("kind", some("apertus", "gpt_oss", "gpt2", "llama"))
-def test_initial_values_have_the_distributions_of_transformers_on_any_rank(kind: str) -> None:
-    config = any_config(kind, wide=True)
-    lm = empty_model(config)
-    names = [name for name, _ in lm.named_parameters()]
-    values = initial_values(lm, names, seed=1)
-    parts = initial_values(lm, names[1::2], seed=1) | initial_values(lm, names[::2], seed=1)
-    assert all(torch.equal(parts[name], value) for name, value in values.items())
-    other = initial_values(lm, names, seed=4)
-    assert any(not torch.equal(other[name], value) for name, value in values.items())
-    torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config).float()
-    wrong = []
-    for name, parameter in theirs.state_dict().items():
-        if name not in values:
-            continue  # a buffer, or the other name of a tied weight
-        ours = values[name]
-        spread = float(parameter.std(correction=0))
-        if spread < 1e-7:
-            same = torch.allclose(ours, parameter)
-        elif parameter.numel() < 200:  # too few numbers to compare their spread
-            same = float(ours.abs().max()) < 10 * spread
-        else:
-            same = abs(float(ours.std()) / spread - 1) < 0.2 and abs(float(ours.mean() - parameter.mean())) < spread
-        if not same:
-            wrong.append(name)
-    assert wrong == []
-
-
-@pytest.mark.parametrize("kind", ["cohere", "gemma2", "opt"])
-def test_gradients_are_those_of_transformers(kind: str) -> None:
+@each("kind,tied", [("cohere", True), ("gemma2", True), ("opt", True), ("llama", True), ("llama", False)])
+def test_gradients_are_those_of_transformers(kind: str, tied: bool, device: torch.device) -> None:
     """A scaled head is fused with the loss, a capped one works in chunks, and a head inside needs all its logits."""
-    config = any_config(kind)
-    ids = torch.randint(config.vocab_size, (2, 24))
+    config = any_config(kind, tie_word_embeddings=tied)
+    ids = torch.randint(config.vocab_size, (2, 24)).to(device)
     gradients: list[dict[str, Tensor]] = []
     for ours in (False, True):
-        lm = build_model(config, seed=2).eval()
+        lm = build_model(config, seed=2).to(device).eval()
         if ours:
-            loss = LossModel(lm)(ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100))
+            loss = LossModel(lm)(ids, F.pad(ids[:, 1:], (0, 1), value=-100))
         else:
             loss = lm(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         gradients.append({name: p.grad for name, p in lm.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", some("olmo2"))
-def test_a_step_never_reads_positions_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers would, to find documents, and wait for a device."""
-    read: list[Tensor] = []
-    monkeypatch.setattr(documents, "_find", read.append)
-    module = LossModel(build_model(any_config(kind), seed=0))
+class NoValueIsRead(TorchDispatchMode):
+    """Fails if a value is read back, since that makes the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in {"_local_scalar_dense", "nonzero", "equal"}, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", some("llama", "olmo2"))
+@each("attention", ["auto", "eager"])
+def test_no_value_is_read_back_in_a_forward_of_transformers(kind: str, attention: str) -> None:
+    """Transformers would read positions back to find documents; here they are known."""
+    lm = build_model(any_config(kind), seed=0, attention=attention).eval()
     ids = torch.randint(64, (2, 24))
-    module(ids, ids, document_boundaries(torch.arange(24).expand(2, 24) // 9))
-    module(ids, ids)
-    assert read == []
-    if kind == "olmo2":
-        module.lm.model(input_ids=ids, position_ids=torch.arange(24)[None])  # called by another program
-        assert len(read) > 0
+    expected = body_of(lm)[1](input_ids=ids, use_cache=False)[0]
+    module = LossModel(lm)
+    assert torch.equal(module.hidden(ids, None), expected)
+    boundaries = document_boundaries(torch.arange(24).expand(2, 24) // 9)
+    with mock.patch.object(ops, "enabled", False), NoValueIsRead():  # CPU kernels read the labels, GPU kernels do not
+        module(ids, ids, boundaries, 48.0)
+        module(ids, ids, None, 48.0)
+    if kind == "olmo2":  # another program, whose documents are found
+        with pytest.raises(AssertionError, match="_local_scalar_dense"), NoValueIsRead():
+            body_of(lm)[1](input_ids=ids, position_ids=torch.arange(24)[None])
 
 
 COMPILED = [(kind, "compiled") for kind in ("gemma2", "phi3", "mixtral")]
@@ -204,6 +186,27 @@ def test_experts_and_routers_train_only_if_asked() -> None:
     assert len(experts) == 3 * config.num_hidden_layers  # two kinds of experts and a router
     whole = meta_model(config, MethodConfig(name="full"))
     assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
+@each(
+    "kind,settings,said",
+    [
+        ("mixtral", {}, ["adapters on 8 linears, 14% of", "experts and routers have no adapters, and are frozen"]),
+        ("mixtral", {"train_experts": True}, ["experts and routers have no adapters, and train at full rank"]),
+        ("llama", {"target_modules": ["down_proj"]}, ["adapters on 2 linears, 20% of"]),
+        ("opt", {}, ["100% of", "needs all logits of a micro-batch at once, 1.2 GiB"]),
+    ],
+)
+def test_a_start_logs_what_has_adapters_and_what_needs_all_logits(
+    kind: str, settings: dict[str, Any], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(method=settings, data={"sequence_length": 2**18})
+    model_config = any_config(kind)
+    inputs: Any = SimpleNamespace(config=config, setup=Setup(config, 0, 1, bf16=False), model_config=model_config)
+    with caplog.at_level("INFO"):
+        _describe(meta_model(model_config, config.method), inputs)
+    assert all(words in caplog.text for words in said), caplog.text
+    assert ("all logits" in caplog.text) == (kind == "opt")
 
 
 def test_models_that_cannot_be_trained_are_refused_by_name() -> None:

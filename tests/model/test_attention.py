@@ -86,3 +86,27 @@ def test_the_operator_accepts_our_arguments() -> None:
     lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k"]
     assert names[:10] == ["query", "key", "value", *lengths, "dropout_p", "is_causal", "return_debug_mask"]
     assert "scale" in names[10:]
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "short_factor": [1.0] * 6,
+    "long_factor": [4.0] * 6,
+    "original_max_position_embeddings": 10,
+}
+
+
+@each("attention", ["sdpa", "eager"])
+def test_a_document_in_a_sequence_has_the_same_loss_as_by_itself(attention):
+    """This holds even if the rotary frequencies depend on how many positions are in use."""
+    model = LossModel(build_model(tiny_llama(rope_parameters=LONGROPE), seed=1, attention=attention))
+    ids, labels = (tensor[:1] for tensor in batch(0))
+    documents = document_boundaries(torch.tensor([[1] * 3 + [2] * 9 + [3] * 4], dtype=torch.int32))
+    for document in (slice(0, 3), slice(3, 12), slice(12, 16)):
+        inside = torch.full_like(labels, -100)
+        inside[:, document] = labels[:, document]
+        together = model(ids, inside, documents).item()
+        assert together == pytest.approx(model(ids[:, document], labels[:, document]).item(), abs=1e-6)
+        assert abs(model(ids, inside).item() - together) > 1e-5

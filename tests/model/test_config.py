@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, LlamaConfig
+from transformers import LlamaConfig
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError, validate
@@ -22,6 +22,7 @@ from relora_mora.model.config import (
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.work import meta_model
 from relora_mora.weights.load import model_config_of
+from tests.tools.any_model import KINDS, any_config
 from tests.tools.config_tools import tree
 from tests.tools.each import each
 from tests.tools.tiny import tiny_llama
@@ -243,12 +244,12 @@ def test_keys_without_effect_in_a_manifest_do_not_stop_a_resume(path: Path) -> N
     assert compared_keys(old, training=True) != compared_keys(read(path), training=True)
 
 
-@each("kind", LLAMA_FAMILY)
+@each("kind", [*LLAMA_FAMILY, "gpt_oss", "phi"])
 def test_only_adapters_train_if_everything_else_is_frozen(kind: str) -> None:
-    """Biases and the norms of queries and keys are frozen too."""
+    """Biases, sinks, and the norms of queries and keys are frozen too."""
     frozen = {"train_embeddings": False, "train_norms": False, "train_head": False}
     method = validate(tree(method={"name": "mora", "rank": 3, **frozen}), "the test").method
-    model = meta_model(CONFIG_MAPPING[kind](num_hidden_layers=1), method)
+    model = meta_model(any_config(kind, num_hidden_layers=1), method)
     names = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
-    assert len(names) == 7
+    assert len(names) == KINDS[kind]
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names

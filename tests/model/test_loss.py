@@ -1,4 +1,4 @@
-"""The compiled loss against float64: values, gradients, nonfinite logits, and the same bits with any thread count."""
+"""The loss in chunks against plain cross-entropy, and the compiled loss against float64."""
 
 import pytest
 import torch
@@ -90,6 +90,47 @@ def test_a_nonfinite_logit_makes_the_result_nonfinite(bad, dtype, place):
 def test_a_label_outside_the_vocabulary_is_refused(label):
     with pytest.raises(IndexError, match="the vocabulary has 21"):
         cross_entropy_(torch.zeros(2, 21), torch.tensor([3, label]), ignore=-100, scale=SCALE, gradient=True)
+
+
+@each("chunk", [1, 3, 7, 100])
+@each("dtype,tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk, dtype, tolerance, device):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 10, 6, dtype=dtype).to(device), torch.randn(11, 6, dtype=dtype).to(device)
+    labels = torch.randint(0, 11, (2, 10)).to(device)
+    labels[0, :4] = -100
+    results = []
+    for loss_of in (
+        lambda h, w: chunked_cross_entropy(h, w, labels, chunk_tokens=chunk),
+        lambda h, w: F.cross_entropy((h @ w.T).flatten(0, 1).float(), labels.flatten(), ignore_index=-100),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = loss_of(h, w)
+        (loss * 3).backward()
+        results.append((loss.double(), h.grad.double(), w.grad.double()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_without_labels_the_loss_is_zero():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, torch.randn(5, 4), torch.full((1, 3), -100))
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+
+
+def test_evaluation_computes_no_gradients():
+    """Parameters require gradients under no_grad too, but the head must not compute them then."""
+    weight = torch.randn(11, 6, requires_grad=True)
+    hidden, labels = torch.randn(4, 6), torch.randint(0, 11, (4,))
+    kept: list[torch.Tensor] = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = chunked_cross_entropy(hidden, weight, labels)
+    assert not loss.requires_grad
+    assert kept == []
+    assert loss.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
+    assert loss.item() == chunked_cross_entropy(hidden, weight, labels.int()).item()
 
 
 def test_the_share_of_a_micro_batch_is_not_rounded_to_bf16():

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from relora_mora.model.config import LLAMA_FAMILY, family_of, parse_model_config
+from tests.tools.grids import rest
 
 # the number of kinds of linears in their layers
 FAMILIES = {"gemma2": 7, "olmo2": 7, "phi3": 4, "cohere2": 7, "gpt_neox": 4, "mixtral": 4, "gpt_oss": 4, "opt": 6}
@@ -15,6 +16,7 @@ FURTHER_FAMILIES = {
     **dict.fromkeys(("qwen3_moe", "olmoe", "falcon", "bloom", "mpt"), 4),
     "llama4_text": 7,
 }
+KINDS = FAMILIES | FURTHER_FAMILIES
 SIZES = {
     **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128},
@@ -25,6 +27,11 @@ SIZES = {
     **{"state_size": 8, "mamba_d_state": 8},
 }
 WIDER = {"hidden_size": 128, "n_embd": 128, "head_dim": 32}
+
+
+def some(*kinds: str) -> list[Any]:
+    """All kinds of models; ``make test`` has these."""
+    return [*kinds, *rest(*((kind,) for kind in sorted(KINDS) if kind not in kinds))]
 
 
 def any_config(kind: str, *, wide: bool = False, **changes: Any) -> PreTrainedConfig:

@@ -6,9 +6,9 @@ from relora_mora.adapters.inject import decoder_linears
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import empty_model, head_scale
 from relora_mora.model.guard import examine
-from relora_mora.optim.groups import expert_parameters
+from relora_mora.optim.groups import adapted_share
 from relora_mora.sizing.work import meta_model
-from tests.tools.any_model import FAMILIES, FURTHER_FAMILIES, any_config
+from tests.tools.any_model import KINDS, any_config
 
 _HEAD = """\
 | `model_type` | linears | under adapters | attention | head | difference | boundaries |
@@ -18,7 +18,7 @@ _HEAD = """\
 
 def generated() -> str:
     """A table with a row for each family."""
-    return _HEAD + "".join(_row(kind) for kind in sorted({**FAMILIES, **FURTHER_FAMILIES}))
+    return _HEAD + "".join(_row(kind) for kind in sorted(KINDS))
 
 
 def _row(kind: str) -> str:
@@ -27,15 +27,12 @@ def _row(kind: str) -> str:
     bound = f"below 1e-{min(6, math.floor(-math.log10(max(findings.difference, 1e-9))))}"
     lm = empty_model(config)
     names = [name for name, _ in decoder_linears(lm)]
-    linears = sum(layer.weight.numel() for _, layer in decoder_linears(lm))
-    adapted = meta_model(config, MethodConfig(name="remora", rank=2))
-    experts = sum(adapted.get_parameter(name).numel() for name in expert_parameters(adapted))
     in_chunks, scale = head_scale(lm)
     head = "all logits" if not in_chunks else "in chunks" if scale is None else "fused"
     cells = (
         f"`{kind}`",
         len({name.rpartition(".")[2] for name in names}),
-        f"{linears / (linears + experts):.0%}",
+        f"{adapted_share(meta_model(config, MethodConfig(name='remora', rank=2))):.0%}",
         lm.config._attn_implementation,
         head,
         bound,

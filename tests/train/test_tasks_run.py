@@ -11,8 +11,9 @@ from xxhash import xxh3_64_hexdigest
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
-from relora_mora.evaluation.harness import Ranks, _shared
+from relora_mora.evaluation.harness import _shared
 from relora_mora.evaluation.local_tasks import HarnessError
+from relora_mora.evaluation.ranks import Ranks
 from tests.evaluation.tools import ROWS, own_task
 from tests.tools.commands import EVALUATE, call
 from tests.tools.data_tools import write_json_lines
@@ -87,7 +88,7 @@ def test_a_stopped_run_neither_loses_nor_repeats_scores(pools, inputs, tokenizer
 
 def test_ranks_with_other_rows_do_not_score_together():
     """The first of two ranks has the row of another file than the second."""
-    others = Ranks(0, 2, lambda mine: [mine, (xxh3_64_hexdigest(b"[('b',)]"), iter([]))])
+    others = Ranks(0, 2, gather=lambda mine: [mine, (xxh3_64_hexdigest(b"[('b',)]"), iter([]))])
     lm: Any = torch.nn.Linear(1, 1)
     answers = _shared(lambda requests: [1.0] * len(requests), lm, others)
     with pytest.raises(HarnessError, match="different rows"):

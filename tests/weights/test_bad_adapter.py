@@ -14,8 +14,6 @@ from tests.tools.commands import EXPORT, call, refused
 from tests.tools.each import each
 
 GOOD = {"A": torch.ones(2, 5), "B": torch.ones(3, 2)}
-
-
 SQUARE = {"use_mora": True, "mora_type": 1}
 
 
@@ -93,7 +91,3 @@ def test_a_run_that_trains_more_than_its_adapter_is_refused(tokenizer_path, tmp_
     write_checkpoint(checkpoint, lm, tokenizer_path, operator=operator, method=method, **of_run)
     refused(call(EXPORT, checkpoint, tmp_path / "out", f"--format={form}"), says, "--format=merged")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_format_is_refused(tmp_path):
-    refused(call(EXPORT, tmp_path, tmp_path / "out", "--format=gguf"), "--format: got 'gguf'; ")

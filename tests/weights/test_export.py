@@ -34,10 +34,6 @@ def text(tmp_path: Path) -> str:
     return str(write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"]))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 # ---- what transformers does with it ------------------------------------------------------------------------------
 
 
@@ -100,7 +96,9 @@ def test_an_export_has_the_logits_of_the_merged_model(
 
 
 def test_every_form_of_a_model_has_the_same_loss(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
-    assert call(EXPORT, run, tmp_path / "float32").code == 0
+    exported = call(EXPORT, run, tmp_path / "float32")
+    assert exported.code == 0
+    assert f"convert_hf_to_gguf.py {tmp_path}/float32 --outfile model.gguf --outtype f32" in exported.out
     assert call(EXPORT, checkpoint, tmp_path / "bfloat16", "--dtype=bfloat16").code == 0
     losses = {}
     for path in (run, checkpoint, tmp_path / "float32", tmp_path / "bfloat16"):
@@ -120,16 +118,8 @@ def test_every_form_of_a_model_has_the_same_loss(run: Path, checkpoint: Path, te
 # ---- what it contains ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def clean(run: Path, tmp_path: Path) -> dict[str, bytes]:
-    """Files of the export of an untouched checkpoint."""
-    export(run, tmp_path / "clean" / "out")
-    return contents(tmp_path / "clean" / "out")
-
-
-def test_an_export_takes_neither_code_nor_a_model_from_a_manifest(
-    checkpoint: Path, clean: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_an_export_takes_neither_code_nor_a_model_from_a_manifest(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "clean" / "out")
     names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
     for name in names:
         (checkpoint / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}')
@@ -147,7 +137,11 @@ def test_an_export_takes_neither_code_nor_a_model_from_a_manifest(
 
     rewrite_manifest(checkpoint, change)
     export(checkpoint, tmp_path / "out")
-    assert contents(tmp_path / "out") == clean
+    clean, after = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (tmp_path / "clean" / "out", tmp_path / "out")
+    )
+    assert after == clean
 
 
 @pytest.mark.parametrize(

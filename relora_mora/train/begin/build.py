@@ -17,11 +17,13 @@ from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.kernels import ops
-from relora_mora.model.causal import LossModel, empty_model, ends_of, initial_values, put_values
+from relora_mora.model.causal import LossModel, empty_model, ends_of, head_scale, initial_values, put_values
 from relora_mora.model.compiling import allow_programs
 from relora_mora.model.config import function_differences
+from relora_mora.model.loss import bytes_per_logit
 from relora_mora.optim.groups import (
     ParameterGroup,
+    adapted_share,
     build_optimizer,
     count_parameters,
     expert_parameters,
@@ -104,9 +106,16 @@ def _describe(lm: PreTrainedModel, inputs: Inputs) -> None:
         used = ops.describe("cuda" if inputs.setup.on_gpu else "cpu")
         stored = f"; weights in {method.eight_bits}" if method.eight_bits else ""
         resident = "; W + delta is resident" if any(layer.resident for layer in layers) else ""
-        log.info("%s adapters on %d layers; %s%s%s", method.name, len(layers), used, stored, resident)
+        share = f"{adapted_share(lm):.0%} of the matrices in layers"
+        log.info("%s adapters on %d linears, %s; %s%s%s", method.name, len(layers), share, used, stored, resident)
         if expert_parameters(lm):
-            log.info("experts and routers have no adapters")
+            how = "train at full rank" if method.train_experts else "are frozen"
+            log.info("experts and routers have no adapters, and %s", how)
+    can_be_cut, _ = head_scale(lm)
+    if not can_be_cut:
+        elements = inputs.config.tokens_per_micro_batch * len(lm.get_output_embeddings().weight)
+        size = elements * 2 * bytes_per_logit(torch.bfloat16 if inputs.setup.bf16 else torch.float32, in_place=False)
+        log.info("model: its loss needs all logits of a micro-batch at once, %.1f GiB with gradients", size / 2**30)
     for note in uneven_widths(inputs.model_config) if inputs.setup.on_gpu else ():
         shared_log.warning("model: %s", note)
     counts = count_parameters(lm)

@@ -30,7 +30,7 @@ from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.make import tokens_of_whole_rows
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.evaluation.harness import Tasks
-from relora_mora.model.config import plain_model_config
+from relora_mora.model.config import plain_model_config, positions_in
 from relora_mora.model.guard import compared_by_tests, examine
 from relora_mora.optim.own import with_rule
 from relora_mora.sizing.setup import Setup
@@ -44,7 +44,6 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.train.begin.identity import Identity, changed_settings
 from relora_mora.train.begin.settings import check_machine, check_settings, memory_of_rank, setup_here, task_settings
 from relora_mora.train.begin.text import open_text
-from relora_mora.weights.foreign import positions_in
 from relora_mora.weights.load import own_tokenizer_path
 
 READING_SECONDS = 86400.0  # nobody trains several epochs on a text that takes longer than this to read once

@@ -18,7 +18,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 _MODELS = ("config.json", MANIFEST, RunFolder(Path()).checkpoints.name)  # in a Hugging Face folder, a checkpoint, a run
-_REMEDY = "give a Hugging Face folder of the LLaMA family (`hf download REPO --local-dir DIR` fetches one) or a run"
+_REMEDY = "give the folder of a causal language model (`hf download REPO --local-dir DIR` fetches one) or a run"
 
 
 def check_start(config: Config) -> None:

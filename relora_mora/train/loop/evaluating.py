@@ -11,8 +11,9 @@ from relora_mora.config.checks.data import SHARES
 from relora_mora.data.held_out import EvalSet
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluation.generation import Generated, generate_answers
-from relora_mora.evaluation.harness import Ranks, Results, Tasks
-from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out
+from relora_mora.evaluation.harness import Results, Tasks
+from relora_mora.evaluation.loss import EvalResult, evaluate, held_out
+from relora_mora.evaluation.ranks import Ranks
 from relora_mora.supervise.guard import LONG_SECONDS
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import load_tokenizer
@@ -39,12 +40,6 @@ class Evaluating:
         self.micro_batch_size = limits.micro_batch_size or self.config.train.micro_batch_size
         of_tasks = limits.every_steps if limits.tasks_every_steps is None else limits.tasks_every_steps
         self.intervals = [limits.every_steps, of_tasks] if self.tasks else [limits.every_steps]
-        self.ranks: dict[str, Any] = {
-            "device": self.engine.device,
-            "rank": self.engine.rank,
-            "world_size": self.engine.world_size,
-            "all_sum": self.engine.all_reduce,
-        }
 
     def is_missing(self, state: RunState) -> bool:
         """Whether the current step still needs an evaluation."""
@@ -87,7 +82,15 @@ class Evaluating:
         scores: Results = {}
         if self._is_due(self.intervals[0], step):
             with progress.bar("evaluation", "token") as bar:
-                results = evaluate_sets(partial(self._score, step), self.sets, progress=bar.update)
+                results = evaluate(
+                    self.engine,
+                    self.sets,
+                    micro_batch_size=self.micro_batch_size,
+                    device=self.engine.device,
+                    shrinks=not self.parts.run.inputs.setup.compiles,
+                    ranks=self._ranks(f"step {step}: evaluation"),
+                    progress=bar.update,
+                )
             with progress.bar("generating answers"):
                 generated = self._generate(step)
         if self.tasks is not None and self._is_due(self.intervals[-1], step):
@@ -95,17 +98,6 @@ class Evaluating:
                 scores = self._score_tasks(self.tasks, step)
         self._report(state, results, generated, scores, time.perf_counter() - begin)
         state.evaluated = step
-
-    def _score(self, step: int, data: EvalSet, update: Update) -> EvalResult:
-        return evaluate(
-            self.engine,
-            data,
-            micro_batch_size=self.micro_batch_size,
-            shrinks=not self.parts.run.inputs.setup.compiles,
-            before_batch=lambda: self._go_on(step, "evaluation"),
-            progress=update,
-            **self.ranks,
-        )
 
     def _generate(self, step: int) -> dict[str, Generated]:
         """Generates the answers of each set, and adds the total under "". A collective."""
@@ -116,9 +108,9 @@ class Evaluating:
                 data.answers,
                 tokenizer=self.parts.run.inputs.tokenizer,
                 batch_size=self.micro_batch_size,
+                device=self.engine.device,
                 # a round generates the whole length of an answer
-                before_batch=lambda: self._go_on(step, "evaluation", within=LONG_SECONDS),
-                **self.ranks,
+                ranks=self._ranks(f"step {step}: evaluation", within=LONG_SECONDS),
             )
             for name, data in self.sets.items()
             if data.answers
@@ -127,25 +119,25 @@ class Evaluating:
 
     def _score_tasks(self, tasks: Tasks, step: int) -> Results:
         """The same results on all ranks. A collective."""
-        engine = self.engine
+        lm = self.engine.lm
         tokenizer = load_tokenizer(self.folder.tokenizer)
-        engine.lm.generation_config = generation_config(tokenizer, engine.lm.config, self.folder)  # as in an export
-        engine.keep_merged()
+        lm.generation_config = generation_config(tokenizer, lm.config, self.folder)  # as in an export
+        self.engine.keep_merged()
+        ranks = self._ranks(f"step {step}: tasks", within=LONG_SECONDS)
+        return tasks.score(lm, tokenizer, batch_size=self.micro_batch_size, ranks=ranks)
 
-        def any_runs(running: bool) -> bool:
-            return self._go_on(step, "tasks", within=LONG_SECONDS, running=running)
+    def _ranks(self, what: str, within: float | None = None) -> Ranks:
+        """The ranks of this run, which raise :class:`Stopping` before a batch if one was asked to stop."""
+        engine, guard = self.engine, self.parts.guard
 
-        ranks = Ranks(engine.rank, engine.world_size, gather_from_ranks, any_runs)
-        return tasks.score(engine.lm, tokenizer, batch_size=self.micro_batch_size, ranks=ranks)
+        def go_on(running: bool) -> bool:
+            guard.begin(what, within=within)
+            stopping, busy = sum_over_hosts([float(guard.stop_reason is not None), float(running)])
+            if stopping:
+                raise Stopping
+            return busy > 0
 
-    def _go_on(self, step: int, what: str, *, within: float | None = None, running: bool = True) -> bool:
-        """Whether a rank is still ``running``. Raises :class:`Stopping` if one was asked to stop. A collective."""
-        guard = self.parts.guard
-        guard.begin(f"step {step}: {what}", within=within)
-        stopping, busy = sum_over_hosts([float(guard.stop_reason is not None), float(running)])
-        if stopping:
-            raise Stopping
-        return busy > 0
+        return Ranks(engine.rank, engine.world_size, engine.all_reduce, gather_from_ranks, go_on)
 
     def _report(
         self,

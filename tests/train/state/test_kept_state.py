@@ -25,22 +25,22 @@ def stopped(config: Any, *, where: str = "start") -> int:
     from relora_mora.train.pretrain import pretrain
 
     guard = Guard(signals=False)
-    go_on = Evaluating._go_on
+    evaluate = Evaluating.evaluate
 
     def ask(rank: int) -> None:
         if rank == 1:
             guard.stop_reason = "the test"
 
-    def in_the_last_evaluation(self: Evaluating, step: int, what: str, **how: Any) -> bool:
-        if step == self.config.train.steps:
+    def in_the_last_evaluation(self: Evaluating, state: Any) -> None:
+        if state.step == self.config.train.steps:
             ask(self.engine.rank)
-        return go_on(self, step, what, **how)
+        evaluate(self, state)
 
     with pytest.MonkeyPatch.context() as patch:
         if where == "start":
             guard.stop_reason = "the test"
         else:
-            patch.setattr(Evaluating, "_go_on", in_the_last_evaluation)
+            patch.setattr(Evaluating, "evaluate", in_the_last_evaluation)
         return pretrain(config, guard)
 
 
