@@ -65,7 +65,7 @@ def main(
     settings = ModelConfig(config=model, overrides={key: value for key, value in overrides.items() if value})
     import torch
 
-    from launch.benchmark.turns import chosen_device, device_of_rank, say
+    from launch.benchmark.turns import chosen_device, device_of_rank
 
     chosen_device(device)
     from launch.benchmark.contenders import Setting, chosen
@@ -73,6 +73,7 @@ def main(
     from relora_mora.engine.start import init_distributed
     from relora_mora.model.config import read_model_config
     from relora_mora.system.hardware import device_name, fast_bf16, peak_flops
+    from relora_mora.system.process import say
 
     names = chosen([name for name in methods.split(",") if name], int(os.environ.get("WORLD_SIZE", "1")))
     model_config = read_model_config(settings)

@@ -2,7 +2,6 @@
 affects all of them equally."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -11,6 +10,7 @@ import torch
 
 from relora_mora.config.load import ConfigError
 from relora_mora.system.hardware import uses_cuda
+from relora_mora.system.process import say
 
 T = TypeVar("T")
 HELD_CYCLES = 40_000_000  # about 20 ms on a GPU
@@ -48,11 +48,6 @@ def seconds_of(act: Callable[[], object], device: torch.device) -> float:
     ends.record()
     torch.cuda.synchronize(device)
     return begins.elapsed_time(ends) / 1000
-
-
-def say(text: str) -> None:
-    """Prints a line of progress immediately; the tables on stdout stay as they are."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def take_turns(

@@ -3,21 +3,16 @@
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from relora_mora.adapters.inject import inject
-from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
-from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import parse_model_config
-from relora_mora.optim.groups import set_trainable
 from relora_mora.sizing.measure import flops_per_token, measure
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
-from tests.sizing.tools import make_config
+from tests.sizing.tools import make_config, real_model
 from tests.tools.each import each
 
 MODEL = LlamaConfig(
@@ -35,18 +30,8 @@ ATTENTION_AND_HEAD = 12.0 * 64 * 48 * 2 + 6.0 * 48 * 160
 
 def counted(config: Config, operator: int | None = None) -> float:
     """FLOPs per token that torch's counter sees in one forward and backward of the real model."""
-    lm = build_model(MODEL, seed=0, attention="eager")
-    if config.method.uses_adapters:
-        inject(lm, config.method, seed=0, mora_type=operator)
-    set_trainable(lm, config.method)
-    for _, layer in adapter_layers(lm):
-        layer.keep_merged()
-    model = LossModel(lm)
-    if config.model.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-    shape = (config.train.micro_batch_size, config.data.sequence_length)
-    ids = torch.randint(0, MODEL.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    eager = config.model_copy(update={"model": config.model.model_copy(update={"attention": "eager"})})
+    model, ids = real_model(MODEL, eager, operator=operator)
     with FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
     return counter.get_total_flops() / ids.numel()

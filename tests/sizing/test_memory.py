@@ -10,22 +10,19 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, LlamaConfig
 
-from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.kernels import reference
-from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import LLAMA_FAMILY, read_model_config
-from relora_mora.optim.groups import set_trainable
 from relora_mora.sizing.fit import check_memory, choose_forms
 from relora_mora.sizing.measure import LiveBytes, measure
 from relora_mora.sizing.memory import merged_memory, peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from relora_mora.train.begin.settings import memory_of_rank
-from tests.sizing.tools import make_config
+from tests.sizing.tools import make_config, real_model
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
@@ -103,26 +100,16 @@ def check_activations_and_peak(
 ) -> None:
     model_config = CONFIG_MAPPING[kind](**{**SIZES, **sizes})
     config = with_data(make_config(method, model, micro_batch_size=1 if data else 4), **data)
-    lm = build_model(model_config, seed=0, attention=config.model.attention)
-    if config.method.uses_adapters:
-        inject(lm, config.method, seed=0)
-    set_trainable(lm, config.method)
-    lm.to(torch.bfloat16 if bf16 else torch.float32)
-    trained = LossModel(lm).train()
-    if config.model.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    shape = config.train.micro_batch_size, config.data.sequence_length
-    ids = torch.randint(0, MODEL.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    documents = torch.arange(shape[1]).div(100, rounding_mode="floor").expand(shape)
+    trained, ids = real_model(model_config, config, bf16=bf16)
+    documents = torch.arange(ids.shape[1]).div(100, rounding_mode="floor").expand(ids.shape)
     boundaries = document_boundaries(documents) if config.data.document_mask else None
     tracker = LiveBytes()
     for parameter in trained.parameters():
         tracker.add(parameter.data)
+    before = tracker.now
     for _, layer in adapter_layers(trained.lm):
-        layer.keep_merged()
         if layer.merged_weight is not None:
             tracker.add(layer.merged_weight)
-    before = sum(parameter.nbytes for parameter in trained.parameters())
     weights = tracker.now
     setup = Setup(config, 0, 1, bf16=bf16)
     assert weights == before + merged_memory(trained.lm, setup)

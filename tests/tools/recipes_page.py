@@ -3,8 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from relora_mora.experiments.planner.given import plan_of
-from relora_mora.experiments.planner.plan import Plan
+from relora_mora.experiments.planner.plan import Plan, plan_of
 from relora_mora.experiments.planner.step import Cluster
 from relora_mora.system.devices import DEVICES, named_device
 

@@ -1,6 +1,5 @@
 """Groups runs that differ only in their seeds."""
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -88,11 +87,12 @@ def group_runs(given: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence
         differs = filter(None, dict.fromkeys([named, *map(_history, seeds)]))
         groups.append(Group(method_title(settings), ", ".join(differs), seeds))
     labels = Counter(group.label for group in groups)
-    for index, group in enumerate(groups):
-        if labels[group.label] > 1:
-            differs = filter(None, (group.differs, group.runs[0].folder.name))
-            groups[index] = replace(group, differs=", ".join(differs))
-    return groups
+    return [
+        replace(group, differs=", ".join(filter(None, (group.differs, group.runs[0].folder.name))))
+        if labels[group.label] > 1
+        else group
+        for group in groups
+    ]
 
 
 def _rows(runs: Sequence[Run], best: Sequence[str]) -> list[tuple[Run, ...]]:
@@ -130,26 +130,23 @@ def group_of(groups: Sequence[Group], name: str) -> Group:
 
 
 def common_sets(groups: Sequence[Group]) -> list[str]:
-    """Names of the held-out sets that all runs were evaluated on, in the order of the first run.
+    """Names of the held-out sets on which all runs were evaluated, those of a group at a step that they share.
 
-    Raises :class:`CompareError` if there is none.
+    They are in the order of the first run. Raises :class:`CompareError` if there is none.
     """
     runs = [run for group in groups for run in group.runs]
-    common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
+    common = [
+        name
+        for name in runs[0].validation_sets
+        if all(name in run.validation_sets for run in runs) and not any(group.losses(name).empty for group in groups)
+    ]
     if not common:
-        sets = {", ".join(map(set_title, run.validation_sets)) or "no evaluation yet": run.folder for run in runs[::-1]}
+        sets = {", ".join(map(set_title, run.validation_sets)) or "no finite loss": run.folder for run in runs[::-1]}
         listed = "; ".join(f"{folder}: {names}" for names, folder in reversed(sets.items()))
         raise CompareError(
             f"the runs have no validation set in common ({listed}); compare runs that have evaluated the same "
-            "data.validation"
+            "data.validation at the same steps"
         )
-    for group, name in itertools.product(groups, common):
-        if group.losses(name).empty:
-            folders = ", ".join(str(run.folder) for run in group.runs)
-            raise CompareError(
-                f"{folders}: no step with a finite loss on {set_title(name)}; leave the run out, or give seeds that "
-                "have a step in common"
-            )
     return common
 
 

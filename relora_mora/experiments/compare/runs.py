@@ -28,8 +28,8 @@ class CompareError(ValueError):
 
 RECORDS = "cells.jsonl"  # in a study's folder
 TABLE = "compare.md"  # in that of a study or a comparison
-COMPRESSED = ".gz"
-_FIELDS = {"name": str, "given": dict, "config": dict, "start": dict, "metrics": list}
+FIELDS = {"name", "given", "config", "start", "metrics"}  # of a record
+NEEDED = {"method.name", "train.steps", "train.batch_size", "data.sequence_length"}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -38,13 +38,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises :class:`CompareError` if a line is not a record.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == COMPRESSED else path.read_bytes()
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
     records = _objects(content)
     for number, record in enumerate(records, start=1):
-        has_fields = all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items())
-        if not (has_fields and record["metrics"] and all(map(_has_step, record["metrics"]))):
+        if not record.keys() >= FIELDS:
             raise CompareError(
                 f"{path}, line {number}: not a record of a run; give a run folder or the {RECORDS} of a study; if this "
                 "is such a file, copy it again or remove the line"
@@ -55,20 +54,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def _objects(content: bytes) -> list[dict[str, Any]]:
     """The JSON object of each line; an empty one if a line has none, because a kill may have truncated it."""
     objects = []
-    for line in content.decode("utf-8", errors="replace").splitlines():
+    for line in content.splitlines():
         try:
             value = json.loads(line)
         except ValueError:
             value = None
         objects.append(value if isinstance(value, dict) else {})
     return objects
-
-
-def _has_step(line: Any) -> bool:
-    return isinstance(line, dict) and isinstance(line.get("step"), int)
-
-
-NEEDED = {"method.name", "train.steps", "train.batch_size", "data.sequence_length"}
 
 
 @dataclass(frozen=True)
@@ -129,13 +121,13 @@ class Run:
 
     @property
     def validation_sets(self) -> list[str]:
-        """Names of the held-out sets in the newest evaluation, "" for a set without a name.
+        """Names of the held-out sets in the newest evaluation that have a finite loss, "" for a set without a name.
 
-        A resume may have changed them. Empty before the first evaluation.
+        A resume may have changed them.
         """
         tags: dict[str, Any] = next((line for line in reversed(self.lines) if "eval/loss" in line), {})
         sets = [tag.split("/")[1] for tag in tags if re.fullmatch("eval/[^/]*/loss", tag)]
-        return sets or ([""] if tags else [])
+        return [name for name in sets or [""] if not self.evaluations(name).empty]
 
     def evaluations(self, name: str) -> pd.Series:
         """Validation loss of a set by step, in nats per token."""
@@ -160,7 +152,7 @@ class Run:
 
         It begins above 0 if it resumed another run's checkpoint.
         """
-        return [(self.start.get("step", 0), []), *((step, changed) for step, changed in self.start.get(CHANGES, ()))]
+        return [(self.start.get("step", 0), []), *self.start.get(CHANGES, ())]
 
     @cached_property
     def notes(self) -> dict[str, Any]:
@@ -192,15 +184,13 @@ def read_runs(path: Path) -> list[Run]:
         path /= RECORDS
     if not path.is_file():
         return [read_run(path)]
-    file = path.with_name(path.name.removesuffix(COMPRESSED))
-    study = file.parent if file.name == RECORDS else file.with_suffix("")
+    study = path.parent if path.name.startswith(RECORDS) else path.with_name(path.name.partition(".jsonl")[0])
     runs = []
     for record in read_records(path):
         given = record["given"]
-        epochs = given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction")
-        settings = _settings(record["config"], path, *epochs)
+        lengths = given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction")
         folder = study / "runs" / record["name"]  # it may have been deleted
-        runs.append(Run(folder, settings, record["metrics"], record["start"]))
+        runs.append(Run(folder, _settings(record["config"], path, *lengths), record["metrics"], record["start"]))
     if not runs:
         raise CompareError(f"{path}: has no run; give a run folder, or the cells.jsonl of a study with a finished run")
     return runs
@@ -217,7 +207,7 @@ def read_run(folder: Path) -> Run:
             f"{folder}: not a run folder, because it has no {files.config.name}; give the train.run_dir of a run"
         )
     metrics, starts = (_objects(path.read_bytes()) if path.is_file() else [] for path in (files.metrics, files.starts))
-    lines = list(filter(_has_step, metrics))
+    lines = [line for line in metrics if "step" in line]
     if not lines:
         raise CompareError(
             f"{folder}: no metrics yet ({files.metrics.name}); leave it out, or wait for its first lines"

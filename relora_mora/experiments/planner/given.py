@@ -4,20 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
-from relora_mora.adapters.stored import check_device, with_products
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, read_tree
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.config.shipped import MODELS, SETTINGS, find_config, shipped_files
-from relora_mora.experiments.planner.plan import Plan, make_plan
-from relora_mora.experiments.planner.step import Cluster
 from relora_mora.model.config import check_length, read_model_config
-from relora_mora.optim.own import with_rule
-from relora_mora.sizing.fit import check_adapters
-from relora_mora.system.hardware import device_here, fast_bf16, peak_flops
 
 STEPS = 1000  # of a plan for a number of epochs
 # models that shipped settings start from, and the shipped shapes that are nearest to them, with overrides
@@ -29,29 +22,6 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "memory_base": ("llama_tiny", _LONGER),
     "textbooks_base": ("llama_tiny", _LONGER),
 }
-
-
-def plan_of(given: str, overrides: Mapping[str, str], cluster: Cluster, *, finetune: bool = False, **how: Any) -> Plan:
-    """The plan of a run on a cluster; ``how``: arguments of :func:`make_plan`. Raises :class:`ConfigError`."""
-    config, model_config, notes = read_run(given, overrides, world_size=cluster.world_size, finetune=finetune)
-    config = with_rule(config)
-    check_adapters(model_config, config.method)
-    device, on_cpu = cluster.device, cluster.on_cpu
-    is_here = device == device_here()
-    bf16 = config.train.precision == "bf16"
-    if config.train.precision == "auto":
-        bf16 = fast_bf16() if is_here else not on_cpu
-    capability = None if on_cpu else torch.cuda.get_device_capability() if is_here else device.capability
-    method, _ = with_products(config.method, bf16=bf16, capability=capability, vnni=torch.cpu._is_vnni_supported())
-    check_device(method, bf16=bf16, capability=capability)
-    if on_cpu or is_here:
-        rate, source = peak_flops(bf16=bf16, on_cpu=on_cpu)
-        peak = rate / (cluster.devices_per_node if on_cpu else 1), source  # a host's ranks share its cores
-    else:
-        name = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"
-        peak = device.tflops * 1e12, f"{name}, {device.source}"
-    config = config.model_copy(update={"method": method})
-    return make_plan(model_config, config, cluster, bf16=bf16, peak=peak, notes=notes, **how)
 
 
 def read_run(

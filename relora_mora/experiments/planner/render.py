@@ -55,26 +55,21 @@ def _sent(plan: Plan) -> str:
 
 def tables(plan: Plan) -> str:
     """The answer, and all numbers in tables with a column for each ZeRO stage."""
+    names = ("method", "parameters", "flops", "matrices", "others", "optimizer_flops", "tokens_per_step", "assumption")
     leaves_out = (
         f"Memory leaves out the CUDA context, fragmentation and Python itself, so a run fits if it takes {USABLE:.0%} "
         "of a device. Time leaves out evaluations, checkpoints and merges."
     )
     parts = [
         answer(plan),
-        _overview(plan),
+        _lines([f"{name.replace('_', ' ')}: {_shown(plan[name])}" for name in (*names, "cluster")]),
         f"GiB of a device in {'bf16' if plan['bf16'] else 'fp32'}, at the peak of a step",
-        _table(plan, plan["memory"], {(*PARTS, "device", *HOST): _gib, ("phase",): str}),
+        _table(plan, "memory", dict.fromkeys((*PARTS, "device", *HOST), _gib) | {"phase": str}),
         "a step: GB of tensors, what a device sends, and seconds",
-        _table(plan, plan["steps"], {SENT: _gb, TIMES: "{:.3g}".format}),
+        _table(plan, "steps", dict.fromkeys(SENT, _gb) | dict.fromkeys(TIMES, "{:.3g}".format)),
         _lines([leaves_out]),
     ]
     return "\n\n".join(parts)
-
-
-def _overview(plan: Plan) -> str:
-    """What is the same at every stage."""
-    names = ("method", "parameters", "flops", "matrices", "others", "optimizer_flops", "tokens_per_step", "assumption")
-    return _lines([f"{name.replace('_', ' ')}: {_shown(plan[name])}" for name in (*names, "cluster")])
 
 
 def _shown(value: Any) -> str:
@@ -83,20 +78,17 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:,}"
 
 
-def _table(
-    plan: Plan, stages: Mapping[int, Mapping[str, Any]], rows: Mapping[tuple[str, ...], Callable[[Any], str]]
-) -> str:
+def _table(plan: Plan, what: str, rows: Mapping[str, Callable[[Any], str]]) -> str:
     """The rows that are not all zero, in a column for each stage."""
-    lines = ["ZeRO stage (* in the settings)".ljust(32)]
-    for stage in stages:
-        mark = f"{stage}{'*' * (stage == plan['zero_stage'])}{' too large' * (plan['memory'][stage]['fits'] is False)}"
-        lines[0] += mark.rjust(17)
-    for names, show in rows.items():
-        for name in names:
-            if any(each[name] for each in stages.values()):
-                cells = [show(each[name]) for each in stages.values()]
-                lines.append(name.replace("_", " ").ljust(32) + "".join(cell.rjust(17) for cell in cells))
-    return "\n".join(lines)
+    heads = [
+        f"{stage}{'*' * (stage == plan['zero_stage'])}{' too large' * (memory['fits'] is False)}"
+        for stage, memory in plan["memory"].items()
+    ]
+    cells = {"ZeRO stage (* in the settings)": heads}
+    for name, show in rows.items():
+        if any(values := [stage[name] for stage in plan[what].values()]):
+            cells[name.replace("_", " ")] = [*map(show, values)]
+    return "\n".join(name.ljust(32) + "".join(cell.rjust(17) for cell in row) for name, row in cells.items())
 
 
 def _lines(texts: list[str]) -> str:

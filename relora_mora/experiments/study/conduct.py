@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from relora_mora.experiments.study.design import Cell, Study, count, first_round, second_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs, final_metric, write_records
@@ -83,10 +83,14 @@ def _run_cells(
     """
     waiting = folder.missing(cells)
     running: dict[Cell, subprocess.Popen[bytes]] = {}
+    signals: list[int] = []
     passed_on = 0
-    with _stop_signals() as signals:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, lambda number, _: signals.append(number))
+            stack.callback(signal.signal, number, before)
         while running or (waiting and not signals):
-            before = list(running)
+            known = list(running)
             while waiting and len(running) < jobs and not signals:
                 cell = waiting.pop(0)
                 running[cell] = _start(cell, folder, program, threads)
@@ -97,7 +101,7 @@ def _run_cells(
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
             running = {cell: process for cell, process in running.items() if process.poll() is None}
-            if not before == started == list(running):
+            if not known == started == list(running):
                 note(list(running))
     if signals:
         raise Stopped
@@ -115,19 +119,6 @@ def _start(cell: Cell, folder: StudyFolder, program: Sequence[str], threads: int
             env=os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
             start_new_session=True,  # Ctrl-C reaches it only through the study
         )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Yields a list that collects the stop signals as they arrive."""
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end_of_log(cell: Cell, folder: StudyFolder) -> str:

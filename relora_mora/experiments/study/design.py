@@ -14,9 +14,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from relora_mora.config.checks.data import missing_metric
 from relora_mora.config.load import ConfigError, read_tree
-from relora_mora.config.schema import SETTINGS, Config
+from relora_mora.config.schema import SETTINGS
 from relora_mora.config.types import Positive, Seed, Strict, Text
 from relora_mora.experiments.compare.settings import SEEDS
 
@@ -38,14 +37,7 @@ class Choice(Strict):
 
     @property
     def metric(self) -> str:
-        metric = self.lowest or self.highest
-        assert metric is not None
-        return metric
-
-    def faults(self, config: Config) -> list[str]:
-        """Reasons why a run with these settings will not have the metric, as far as the settings show."""
-        fault = missing_metric(config, self.metric)
-        return [] if fault is None else [f"choose: {self.metric}: {fault}"]
+        return self.lowest or self.highest or ""
 
 
 class Study(Strict):
@@ -141,22 +133,17 @@ def second_round(study: Study, results: Mapping[Cell, float]) -> list[Cell]:
     """
     if study.choose is None:
         return []
-    best: dict[Values, Cell] = {}
+    best: dict[frozenset[tuple[str, str]], Cell] = {}
     for cell in sorted(results, key=results.__getitem__, reverse=study.choose.highest is not None):
-        best.setdefault(_without(cell.values, study.choose.over), cell)
+        others = frozenset(each for each in cell.values if each[0] not in study.choose.over)
+        best.setdefault(others, cell)
     return _cells(study, [cell.values for cell in results if cell in best.values()], study.seeds[1:])
 
 
 def count(study: Study) -> int:
+    """The number of runs, if none fails."""
     first = first_round(study)
-    if study.choose is None:
-        return len(first)
-    over = study.choose.over
-    return len(first) + len({_without(cell.values, over) for cell in first}) * (len(study.seeds) - 1)
-
-
-def _without(values: Values, names: Iterable[str]) -> Values:
-    return tuple(sorted((name, value) for name, value in values if name not in names))
+    return len(first) + len(second_round(study, dict.fromkeys(first, 0.0)))
 
 
 def _combinations(entry: Mapping[str, Any]) -> list[Values]:

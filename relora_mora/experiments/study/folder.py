@@ -1,12 +1,13 @@
 """A study's folder: a run folder for each cell, with settings and logs; and records, which outlive the run folders."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relora_mora.config.checks.combinations import unused_settings
+from relora_mora.config.checks.data import missing_metric
 from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
@@ -20,11 +21,11 @@ from relora_mora.system.run_folder import RunFolder, joined_start, read_json_lin
 
 # settings that do not affect a run's numbers; a resume compares the text at its commits itself
 NOT_COMPARED = {"train.run_dir", "data.commits"}
-KEPT_LINES = 40  # of training, evenly over the steps, and as many with ranks at merges; all evaluations are kept
-OF_TRAINING = ("train/loss", "train/tokens", "perf/tokens_per_second", "perf/peak_memory_gib")
-RANKS = "merge/effective_rank/"
+KEPT_LINES = 40  # of training, evenly over the steps; all evaluations are kept
 NOT_KEPT = ("command", "host")  # of a start, because they are local
 
+T = TypeVar("T")
+V = TypeVar("V")
 Record = dict[str, Any]
 
 
@@ -139,29 +140,11 @@ def _record(cell: Cell, folder: StudyFolder) -> Record:
     }
 
 
-def is_kept(tag: str) -> bool:
-    is_result = tag.startswith(("eval/", RANKS)) and tag != "eval/seconds"
-    return is_result or tag in (*OF_TRAINING, "merge/layers", "merge/seconds")
-
-
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def evenly(tag: str) -> set[int]:
-        numbers = [number for number, line in enumerate(lines) if tag in line]
-        return {*numbers[:: max(1, -(-len(numbers) // KEPT_LINES))], *numbers[-1:]}
-
-    training, merges = evenly("train/loss"), evenly("merge/layers")
-    thinned = []
-    for number, line in enumerate(lines):
-        values = {
-            tag: float(f"{value:.8g}") if isinstance(value, float) else value  # float32 has no more digits
-            for tag, value in line.items()
-            if is_kept(tag)
-            and (number in training or tag not in OF_TRAINING)
-            and (number in merges or not tag.startswith(RANKS))
-        }
-        if values:
-            thinned.append({"step": line["step"], **values})
-    return thinned
+    """All evaluations, and some lines of the training with the last one."""
+    training = [number for number, line in enumerate(lines) if "train/loss" in line]
+    some = {*training[:: max(1, -(-len(training) // KEPT_LINES))], *training[-1:]}
+    return [line for number, line in enumerate(lines) if number in some or any(tag.startswith("eval/") for tag in line)]
 
 
 def final_metric(record: Record, metric: str) -> float | None:
@@ -178,44 +161,52 @@ def final_metric(record: Record, metric: str) -> float | None:
     return values[-1]
 
 
-def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
+def cell_configs(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> dict[Cell, Config]:
     """The settings of every cell; raises ConfigError with the faults of all cells, each fault once.
 
     It is also a fault if a run will not have the metric of ``choose``, or if the runs share no held-out text.
     """
     defaults = FINETUNING if study.command == "finetune" else None
-    configs: dict[Cell, Config] = {}
-    faults: dict[str, str] = {}
-    seen: dict[str, Cell] = {}
-    for cell in cells:
+    first: dict[str, Cell] = {}
+
+    def config_for(cell: Cell) -> Config:
         overrides = cell.overrides(study) | {"train.run_dir": json.dumps(str(folder.run(cell).path))}
-        try:
-            config = config_of(study.base_tree, study.base, overrides, defaults=defaults)
-        except ConfigError as error:
-            cell_faults = error.faults
-        else:
-            configs[cell] = config
-            cell_faults = [] if study.choose is None else study.choose.faults(config)
-            if config.train.resume == "never":
-                cell_faults.append("train.resume: never, but a study resumes its interrupted runs; leave it out")
-            used = {name: value for name, value in used_settings(config.by_name).items() if name != "train.run_dir"}
-            other = seen.setdefault(as_text(used), cell)
-            if other is not cell:
-                cell_faults.append(
-                    f"grid: {cell.name} and {other.name} are equal, or differ only in settings that have no effect; "
-                    "leave one out"
-                )
-        for fault in cell_faults:
-            faults.setdefault(fault, cell.name)
-    sets = [set(config.data.validation) for config in configs.values()]
-    if sets and not set.intersection(*sets):
+        config = config_of(study.base_tree, study.base, overrides, defaults=defaults)
+        other = first.setdefault(as_text({**used_settings(config.by_name), "train.run_dir": ""}), cell)
+        faults = []
+        if config.train.resume == "never":
+            faults.append("train.resume: never, but a study resumes its interrupted runs; leave it out")
+        if study.choose is not None and (missing := missing_metric(config, study.choose.metric)):
+            faults.append(f"choose: {study.choose.metric}: {missing}")
+        if other is not cell:
+            faults.append(
+                f"grid: {cell.name} and {other.name} are equal, or differ only in settings that have no effect; "
+                "leave one out"
+            )
+        if faults:
+            raise ConfigError(faults, study.base)
+        return config
+
+    configs = dict(zip(cells, checked(study, zip(cells, cells, strict=True), config_for), strict=True))
+    if cells and not set.intersection(*(set(config.data.validation) for config in configs.values())):
         fault = "data.validation: the runs have no set in common, which a table needs; make a study for each set"
-        faults[fault] = "all runs together"
-    refuse(faults, study)
+        raise ConfigError([fault], study.base)
     return configs
 
 
-def refuse(faults: Mapping[str, str], study: Study) -> None:
-    """Raises ConfigError if there are any faults; each names the first cell that has it."""
+def checked(study: Study, items: Iterable[tuple[Cell, V]], check: Callable[[V], T]) -> list[T]:
+    """What ``check`` returns for an item of each cell.
+
+    Raises ConfigError with the faults of all, each once and with the first cell that has it.
+    """
+    faults: dict[str, str] = {}
+    results = []
+    for cell, item in items:
+        try:
+            results.append(check(item))
+        except (ValueError, OSError) as error:
+            for fault in error.faults if isinstance(error, ConfigError) else [str(error)]:
+                faults.setdefault(fault, cell.name)
     if faults:
         raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
+    return results

@@ -39,11 +39,13 @@ def test_curves_of_loss_are_means_over_seeds_in_a_panel_for_each_set(groups: lis
     assert [panel.get_ylabel() for panel in losses.axes] == [f"loss on {name}, nats per token" for name in SETS]
     for number, panel in enumerate(losses.axes):
         full, remora = panel.get_lines()
-        assert list(full.get_xdata()) == EVALUATIONS
-        assert list(full.get_ydata()) == pytest.approx([loss + 0.2 + number for loss in LOSSES])
-        assert list(remora.get_ydata()) == pytest.approx([loss + 0.05 + number for loss in LOSSES])
+        assert list(full.get_xdata()) == EVALUATIONS[1:]
+        assert list(full.get_ydata()) == pytest.approx([loss + 0.2 + number for loss in LOSSES[1:]])
+        assert list(remora.get_ydata()) == pytest.approx([loss + 0.05 + number for loss in LOSSES[1:]])
         heights = panel.collections[1].get_paths()[0].vertices
         assert {1.0 + number, 1.1 + number} <= {round(float(y), 6) for x, y in heights if x == EVALUATIONS[-1]}
+        low, high = panel.get_ylim()
+        assert low < 1.0 + number and 3.5 + number < high < 5.0 + number
 
 
 @each("against", [0, 1])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import defaultdict
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,6 @@ from relora_mora.experiments.compare.runs import CompareError, Run, read_run
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import made_run, write_run
 from tests.tools.each import each
-
-Sections = dict[str, dict[str, Any]]
-
-
-def _labels(folder: Path, *runs: Sections) -> list[str]:
-    return [group.label for group in group_runs(made_run(folder / f"run{i}", **given) for i, given in enumerate(runs))]
 
 
 def test_unnamed_settings_still_separate_runs(tmp_path: Path) -> None:
@@ -123,18 +118,7 @@ def test_a_run_scored_on_other_text_is_not_another_seed(tmp_path: Path) -> None:
     assert groups[1].label == "ReMoRA (1, 2), run1"
 
 
-def test_sets_of_held_out_text_have_no_order(tmp_path: Path) -> None:
-    sets = {"a": "a.jsonl", "b": "b.jsonl"}
-    ways = (sets, dict(reversed(sets.items())))
-    runs: list[Sections] = [{"data": {"validation": way}, "train": {"seed": seed}} for seed, way in enumerate(ways)]
-    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2)"]
-
-
-def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
-    runs: list[Sections] = [{"train": {"seed": 1}}, {"train": {"seed": 1}}, {"train": {"seed": 2}}]
-    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]
-
-
+SETS = {"a": "a.jsonl", "b": "b.jsonl"}
 PAIRS = {"source": "q/pairs.jsonl", "records": {"kind": "question", "too_long": "drop"}}
 MUON_RULE = {"optim.matrices": "muon", "optim.rule": {"rank": 2}}
 
@@ -143,6 +127,8 @@ MUON_RULE = {"optim.matrices": "muon", "optim.rule": {"rank": 2}}
     ("runs", "labels"),
     [
         ([{"method.name": name} for name in ("full", "lora", "relora")], ["Full rank", "LoRA", "ReLoRA"]),
+        ([{"train.seed": 1}, {"train.seed": 1}, {"train.seed": 2}], ["-, run0", "-, run1"]),  # not another seed
+        ([{"data.validation": SETS}, {"data.validation": dict(reversed(SETS.items())), "train.seed": 1}], ["-"]),
         (
             [{"data.validation": {"a": "a.jsonl", "q": q}} for q in ("q/q.jsonl", PAIRS)],
             [
@@ -186,12 +172,14 @@ MUON_RULE = {"optim.matrices": "muon", "optim.rule": {"rank": 2}}
 )
 def test_a_label_names_the_differences(tmp_path: Path, runs: list[dict[str, Any]], labels: list[str]) -> None:
     """``-`` stands for the method of most runs."""
-    given: list[Sections] = [{} for _ in runs]
-    for sections, settings in zip(given, runs, strict=True):
+    made = []
+    for number, settings in enumerate(runs):
+        sections: dict[str, dict[str, Any]] = defaultdict(dict)
         for name, value in settings.items():
             section, _, key = name.partition(".")
-            sections.setdefault(section, {})[key] = value
-    assert _labels(tmp_path, *given) == [re.sub("^-", "ReMoRA (1, 2)", label) for label in labels]
+            sections[section][key] = value
+        made.append(made_run(tmp_path / f"run{number}", **sections))
+    assert [group.label for group in group_runs(made)] == [re.sub("^-", "ReMoRA (1, 2)", label) for label in labels]
 
 
 def test_a_group_says_which_run_has_not_ended_or_has_diverged(tmp_path: Path) -> None:

@@ -105,14 +105,12 @@ def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: P
 @each(
     ("other", "said"),
     [
-        ({"losses": [math.nan] * 5}, r"run1: no step with a finite loss on a set without a name"),
-        ({"sets": ["web"]}, r"no validation set in common .*run0: a set without a name; .*run1: set web"),
+        ({"losses": [math.nan] * 5}, "no finite loss"),
+        ({"sets": ["web"]}, "set web"),
     ],
 )
 def test_runs_without_losses_in_common_are_refused(tmp_path: Path, other: dict[str, Any], said: str) -> None:
-    with pytest.raises(CompareError, match=said):
+    with pytest.raises(
+        CompareError, match=rf"no validation set in common .*run0: a set without a name; .*run1: {said}"
+    ):
         markdown(_groups(tmp_path, FULL, other))
-    run = made_run(tmp_path / "a")
-    run.lines[:] = [line for line in run.lines if "eval/loss" not in line]
-    with pytest.raises(CompareError, match="no evaluation yet"):
-        markdown(group_runs([run]))

@@ -1,81 +1,64 @@
 """The numbers of a plan, and its words."""
 
-import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from relora_mora.config.load import load_config
-from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, Plan, make_plan
+from relora_mora.experiments.planner import plan as planner
+from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, Plan
 from relora_mora.experiments.planner.render import duration, tables
 from relora_mora.experiments.planner.step import Cluster
-from relora_mora.model.config import read_model_config
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
-from tests.tools.commands import PLAN, call
 from tests.tools.each import each
-from tests.tools.helpers import ROOT
 
-CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 TWO = Cluster(1, 2, CPU)
+H100 = named_device("h100")
 BATCH = {"train.batch_size": "64"}
 
 pytestmark = pytest.mark.usefixtures("at_root")
 
 
-def plan_of(
-    tokens_per_second: float | None = None, utilization: float | None = None, cluster: Cluster = TWO, **overrides: str
-) -> Plan:
-    config = load_config(CONFIG, overrides, world_size=cluster.world_size)
-    return make_plan(
-        read_model_config(config.model),
-        config,
-        cluster,
-        bf16=True,
-        peak=(1e12, "the test"),
-        measured=tokens_per_second,
-        utilization=utilization,
-        every_stage=True,
-    )
+def plan_of(cluster: Cluster = TWO, how: dict[str, Any] | None = None, **overrides: str) -> Plan:
+    """The plan of a small run in bf16 on devices of 1 TFLOP/s, at every stage."""
+    settings = {"train.precision": "bf16", "log.peak_tflops": "1", **overrides}
+    return planner.plan_of("tiny_remora_paper", settings, cluster, every_stage=True, **(how or {}))
 
 
-def test_parameters_and_tokens() -> None:
-    plan = plan_of()
-    counts = plan["parameters"]
+@pytest.mark.more
+def test_parameters_tokens_and_the_time_that_follows_from_known_rates() -> None:
+    assumed, given, measured = plan_of(), plan_of(how={"utilization": 0.8}), plan_of(how={"measured": 2000.0})
+    counts = assumed["parameters"]
     assert counts["total"] == 7_358_720
     # MoRA has at most LoRA's 7 layers' r (in + out): here R = floor(sqrt(...)) loses less than 2 %
     lora = 32 * 4 * (4 * 512 + 3 * (256 + 688))
     assert 0.98 * lora < counts["adapters"] <= lora
     assert counts["trainable"] == 2 * 8192 * 256 + 9 * 256 + counts["adapters"]
-    assert (plan["tokens_per_step"], plan["tokens"]) == (4096, 4_096_000)
-
-
-@pytest.mark.more
-def test_time_follows_from_the_known_rates() -> None:
-    assumed, given, measured = plan_of(), plan_of(utilization=0.8), plan_of(tokens_per_second=2000.0)
+    assert (assumed["tokens_per_step"], assumed["tokens"]) == (4096, 4_096_000)
     assert assumed["tokens_per_second"] == pytest.approx(2 * 0.4e12 / assumed["flops"]["total"])
     assert given["seconds"] == pytest.approx(assumed["seconds"] / 2)
     assert measured["seconds"] == 2048.0
-    assert "assuming 40% of 1 TFLOP/s a device (the test)" in assumed["assumption"]
-    assert f"{2000 * measured['flops']['total'] / 2e12:.1%}" in measured["assumption"]
-    assert plan_of(**{"log.peak_tflops": "2.0"})["seconds"] == pytest.approx(assumed["seconds"] / 2)
-    gpus = Cluster(1, 2, named_device("h100"))
-    assert "which no GPU has confirmed" in plan_of(cluster=gpus)["assumption"]
-    unmarked = (assumed, plan_of(cluster=gpus, utilization=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
-    assert not any("confirmed" in plan["assumption"] for plan in unmarked)
+    assert assumed["assumption"] == "40.0% of 1 TFLOP/s a device (log.peak_tflops)"
+    assert measured["assumption"].startswith(f"{2000 * measured['flops']['total'] / 2e12:.1%} of ")
 
 
-def test_a_time_that_launches_would_exceed_is_marked() -> None:
-    h100 = Cluster(1, 2, named_device("h100"))
+@pytest.mark.more
+def test_what_no_gpu_has_confirmed_and_what_launches_would_exceed_is_marked() -> None:
+    gpus = Cluster(1, 2, H100)
+    fast = {"log.peak_tflops": "989"}
     plans = {
-        "fast": plan_of(cluster=h100, **{"log.peak_tflops": "989"}),
-        "slow": plan_of(cluster=h100),
-        "measured": plan_of(cluster=h100, tokens_per_second=2000.0, **{"log.peak_tflops": "989"}),
-        "cpu": plan_of(**{"log.peak_tflops": "989"}),
+        "fast": plan_of(gpus, **fast),
+        "slow": plan_of(gpus),
+        "given": plan_of(gpus, {"utilization": 0.4}),
+        "measured": plan_of(gpus, {"measured": 2000.0}, **fast),
+        "cpu": plan_of(**fast),
     }
     marked = [name for name, plan in plans.items() if any("the time is too short" in note for note in plan["notes"])]
     assert marked == ["fast"]
+    unconfirmed = [name for name, plan in plans.items() if "which no GPU has confirmed" in plan["assumption"]]
+    assert unconfirmed == ["fast", "slow"]
 
 
 def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
@@ -143,7 +126,7 @@ def test_a_process_on_a_cpu_needs_most_in_a_step_or_at_its_start() -> None:
 @pytest.mark.more
 def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
     odd = {"model.overrides": "{intermediate_size: 5461}"}
-    [note] = plan_of(cluster=Cluster(1, 2, named_device("h100")), **odd)["notes"]
+    [note] = plan_of(Cluster(1, 2, H100), **odd)["notes"]
     assert "intermediate_size of 5,461 is not a multiple of 8" in note and "5,464 would be better" in note
     assert plan_of(**odd)["notes"] == []
 
@@ -165,10 +148,11 @@ def test_the_card_of_this_machine(monkeypatch: pytest.MonkeyPatch, name: str, me
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"NVIDIA {name}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory * 1e9))
     card = device_here()
     assert (card.name, card.memory_gb, card.tflops > 0) == (shown, memory, name != "L5")
-    plan = plan_of(cluster=Cluster(2, 1, card, link_gbits=8.0))
+    plan = plan_of(Cluster(2, 1, card, link_gbits=8.0))
     assert plan["memory"][1]["fits"] is True
     assert plan["steps"][1]["network"] == pytest.approx(plan["steps"][1]["sent"] / 1e9)
     assert (plan["steps"][1]["optimizer"] > 0) == (name != "L5")
@@ -177,8 +161,7 @@ def test_the_card_of_this_machine(monkeypatch: pytest.MonkeyPatch, name: str, me
 @pytest.mark.more
 def test_time_of_a_step_on_a_cluster() -> None:
     """With a hundred times slower network, stage 1 waits for all traffic, and stage 3 for what is not hidden."""
-    h100 = named_device("h100")
-    plan = plan_of(cluster=Cluster(2, 4, h100, link_gbits=80.0), **BATCH)
+    plan = plan_of(Cluster(2, 4, H100, link_gbits=80.0), **BATCH)
     trainable = plan["parameters"]["trainable"]
     one, three = plan["steps"][1], plan["steps"][3]
     all_reduced_and_gathered = (2 * 2 + 2) * trainable * 7 / 8  # in bf16
@@ -189,16 +172,16 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert one["seconds"] == one["compute"] + one["optimizer"] + one["network"]
     assert three["hidden"] == min(three["network"], three["compute"]) > 0
     zero = {"train.deepspeed": "{zero_optimization: {overlap_comm: false}}"}
-    waiting = plan_of(cluster=Cluster(2, 4, h100, link_gbits=80.0), **BATCH, **zero)
+    waiting = plan_of(Cluster(2, 4, H100, link_gbits=80.0), **BATCH, **zero)
     assert [waiting["steps"][stage]["hidden"] for stage in (2, 3)] == [0, 0]
     assert plan["steps"][2]["hidden"] > 0
-    slow = plan_of(cluster=Cluster(2, 4, h100, link_gbits=0.8), **BATCH)["steps"]
+    slow = plan_of(Cluster(2, 4, H100, link_gbits=0.8), **BATCH)["steps"]
     assert slow[1]["network"] == pytest.approx(100 * one["network"])
     assert slow[3]["seconds"] == pytest.approx(slow[3]["network"] + slow[3]["optimizer"])
-    within = plan_of(cluster=Cluster(1, 8, h100), **BATCH)["steps"]
+    within = plan_of(Cluster(1, 8, H100), **BATCH)["steps"]
     assert within[1]["network"] == pytest.approx(one["network"] * 10 / 450)
-    again = plan_of(cluster=Cluster(1, 8, h100), **BATCH, **{"model.activation_checkpointing": "true"})["steps"]
-    wide = plan_of(cluster=Cluster(1, 8, h100), **BATCH, **{"train.deepspeed": "{communication_data_type: fp32}"})
+    again = plan_of(Cluster(1, 8, H100), **BATCH, **{"model.activation_checkpointing": "true"})["steps"]
+    wide = plan_of(Cluster(1, 8, H100), **BATCH, **{"train.deepspeed": "{communication_data_type: fp32}"})
     assert wide["steps"][2]["all_reduced"] == 2 * within[2]["all_reduced"]
     assert again[2]["compute"] > 1.2 * within[2]["compute"]
 
@@ -213,10 +196,6 @@ def test_duration(seconds: float, text: str) -> None:
 
 @pytest.mark.more
 def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relora_mora.experiments.planner.given.peak_flops", lambda **_: (1e12, "the test"))
-    seconds = []
-    for ranks in (1, 2):
-        said = call(PLAN, "configs/run/tiny_remora.yaml", "--device=cpu", f"--gpus_per_node={ranks}", "--json")
-        assert said.code == 0, said
-        seconds.append(json.loads(said.out)["seconds"])
-    assert seconds[0] == pytest.approx(seconds[1])
+    monkeypatch.setattr(planner, "peak_flops", lambda **_: (1e12, "the test"))
+    one, two = (planner.plan_of("tiny_remora", {}, Cluster(1, ranks, CPU)) for ranks in (1, 2))
+    assert one["seconds"] == pytest.approx(two["seconds"])

@@ -30,26 +30,20 @@ def test_a_changed_setting_is_refused_whether_a_run_is_done_or_failed(tmp_path: 
         conduct(made_study(grid=ONE, settings=OTHER), folder, PROGRAM, 1)  # its record says so
 
 
-def test_cells_may_change_that_never_ran_or_found_a_fault_in_their_settings(tmp_path: Path):
+def test_cells_may_change_until_a_run_has_found_no_fault_in_their_settings(tmp_path: Path):
+    before, after = made_study(grid=TWO), made_study(grid=TWO, settings=OTHER)
     folder = StudyFolder(tmp_path)
-    before = made_study(grid=TWO)
-    folder.begin(cell_configs(before, first_round(before), folder))
-    run = folder.run(first_round(before)[0])
+    first, second = first_round(before)
+    folder.begin(cell_configs(before, [first, second], folder))
+    run = folder.run(first)
     run.path.mkdir(parents=True)
-    run.ends.write_text('{"code": 2}\n')
-    assert conduct(made_study(grid=TWO, settings=OTHER), folder, PROGRAM, 1) == 2
-
-
-def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
-    study = made_study(grid=TWO)
-    folder = StudyFolder(tmp_path)
-    first, second = first_round(study)
-    folder.begin(cell_configs(study, [first, second], folder))
-    folder.run(first).path.mkdir(parents=True)
-    folder.run(first).config.touch()
+    run.config.touch()
     with pytest.raises(ValueError, match="started with other settings"):
-        conduct(made_study(grid=TWO, settings=OTHER), folder, PROGRAM, 1)
-    assert folder.given(second)["optim"]["clip"] == 1.0
+        conduct(after, folder, PROGRAM, 1)
+    assert folder.given(second)["optim"]["clip"] == 1.0, "nothing has changed"
+    run.config.unlink()
+    run.ends.write_text('{"code": 2}\n')
+    assert conduct(after, folder, PROGRAM, 1) == 2
 
 
 def test_a_setting_that_is_newer_than_a_cell_had_its_default(tmp_path: Path):

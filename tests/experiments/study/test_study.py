@@ -36,7 +36,9 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     start = {"commit": "abc", "threads": 2, "omp_num_threads": "3"}
     assert best["start"] == {**start, "step": 0}
     steps = best["config"]["train"]["steps"]
-    assert best["metrics"] == [{"step": steps // 2, "train/loss": 5.0}, {"step": steps, "eval/loss": 0.01}]
+    training, evaluated = best["metrics"]
+    assert (training["step"], training["train/loss"]) == (steps // 2, 5.0)
+    assert evaluated == {"step": steps, "eval/loss": 0.01}
     assert "some words of the run" in folder.log(first_round(study)[0]).read_text(encoding="utf-8")
 
     assert best["given"]["optim"]["lr"] == 0.003
