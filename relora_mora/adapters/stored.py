@@ -48,6 +48,10 @@ class Plain:
         return dy @ stored.to(dy.dtype)
 
 
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
 @dataclass(frozen=True)
 class EightBits:
     """The weight is stored as one tensor of bytes [out * in + 4 * out]: 8-bit values, then float32 scales.
@@ -57,24 +61,26 @@ class EightBits:
     """
 
     kind: str
-    multiplies: bool
     out_features: int
     in_features: int
-    padded_out: int
-    padded_in: int
+    multiplies: bool
+    on_gpu: bool
 
-    @classmethod
-    def of(cls, kind: str, out_features: int, in_features: int, *, multiplies: bool, on_gpu: bool) -> "EightBits":
-        padded = (-(-size // ALIGNED) * ALIGNED if on_gpu else size for size in (out_features, in_features))
-        return cls(kind, multiplies, out_features, in_features, *padded)
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns of the stored matrix."""
+        if not self.on_gpu:
+            return self.out_features, self.in_features
+        return _aligned(self.out_features), _aligned(self.in_features)
 
     @property
     def _scales_start(self) -> int:
-        return -(-self.padded_out * self.padded_in // ALIGNED) * ALIGNED
+        rows, columns = self.padded
+        return _aligned(rows * columns)
 
     def encode(self, weight: Tensor) -> Tensor:
         """weight [out, in] -> the stored tensor, on the same device"""
-        values, scales = quantize_rows(weight, KINDS[self.kind], padded=self.padded_in)
+        values, scales = quantize_rows(weight, KINDS[self.kind], padded=self.padded[1])
         stored = self.empty(weight)
         stored[: values.numel()] = values.view(torch.uint8).view(-1)
         end = self._scales_start + 4 * self.out_features
@@ -83,12 +89,13 @@ class EightBits:
 
     def empty(self, weight: Tensor) -> Tensor:
         """A stored tensor of zeros, on the device of a weight [out, in]"""
-        return torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
+        return torch.zeros(self._scales_start + 4 * self.padded[0], dtype=torch.uint8, device=weight.device)
 
     def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the stored tensor: values [padded out, padded in] and float32 scales [padded out]."""
-        values = stored[: self.padded_out * self.padded_in].view(KINDS[self.kind])
-        return values.view(self.padded_out, self.padded_in), stored[self._scales_start :].view(torch.float32)
+        rows, columns = self.padded
+        values = stored[: rows * columns].view(KINDS[self.kind])
+        return values.view(rows, columns), stored[self._scales_start :].view(torch.float32)
 
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """The weight [out, in] in ``dtype``; see ``ops.dense`` for ``after``."""

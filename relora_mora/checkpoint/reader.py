@@ -118,11 +118,11 @@ class CheckpointReader:
 
         Raises an error on all ranks, even if only one cannot read what it needs.
         """
-        trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
+        trained = {name: list(engine.shapes[name]) for name in engine.moments}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
-        moments = {name: self.manifest.moments(name) for name in trained}
-        ours = (trained, frozen, engine.moments, engine.matrix_shapes, set(engine.group_names))
+        ours = (trained, frozen, engine.moments, engine.matrix_shapes, set(engine.groups))
         saved = self.manifest
+        moments = {name: saved.moments(name) for name in saved.parameters}
         if ours != (saved.parameters, saved.frozen, moments, saved.matrix_states, set(saved.group_steps)):
             different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
@@ -137,18 +137,9 @@ class CheckpointReader:
         base.push(engine)
 
     def _read_own(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
-        groups = {
-            name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names
-        }
-        for fragment in engine.fragments:
-            state = engine.state_of(fragment.flat)
-            for kind in ("master", *self.manifest.moments(fragment.name)):
-                target = fragment.of(fragment.flat.data if kind == "master" else state[kind])
-                target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
-            state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
-        for name, matrix in engine.matrix_states.items():
-            for kind, value in matrix.items():
-                value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
+        for kind, name, start, values in engine.pieces():
+            values.copy_(self.piece(kind, name, start, values.numel()).view(values.shape))
+        engine.set_group_steps(self.manifest.group_steps)
         base.take(self.weight)
 
 
@@ -159,7 +150,7 @@ def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     """
     manifest = layout.read_manifest(folder)
     if layout.step_of(folder) not in (None, manifest.step):
-        raise CheckpointError(f"{folder / layout.MANIFEST}: belongs to step {manifest.step}")
+        raise CheckpointError(f"{folder / layout.MANIFEST}: belongs to step {manifest.step}; use an older checkpoint")
     layout.check_files(folder, manifest, list(manifest.files)[rank::world_size])
     CheckpointReader(folder)
 
