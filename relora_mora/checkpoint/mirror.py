@@ -158,7 +158,8 @@ class Mirror:
                 if is_last:
                     self._ended.set()
                     self._pulse.join()  # else it could write the owner again
-                    self._store.rm_file(OWNER)
+                    if self._is_ours():
+                        self._store.rm_file(OWNER)
                     return
                 wait = FIRST_WAIT_SECONDS
                 self._closing.wait(POLL_SECONDS)
@@ -171,14 +172,16 @@ class Mirror:
     def _show_life(self) -> None:
         while not self._ended.wait(BEAT_SECONDS) and not self._lost:
             with contextlib.suppress(Exception):  # the store is away for a moment; what cannot be sent is reported
-                self._check_owner()
-                self._beat()
+                if self._is_ours():
+                    self._beat()
 
-    def _check_owner(self) -> None:
+    def _is_ours(self) -> bool:
+        """Whether no other trainer has taken the mirror."""
         owner = self._owner()
         if owner.get("token", self._token) != self._token and not self._lost:
             self._lost = True
             log.warning("checkpoint.mirror: another trainer has taken it (%s); nothing more is sent", _who(owner))
+        return not self._lost
 
     def _send_newest(self) -> None:
         """Sends the newest checkpoint if that has changed. Links keep its files even if it is removed meanwhile."""
@@ -199,8 +202,7 @@ class Mirror:
         manifest = layout.read_manifest(links)
         for name, entry in manifest.files.items():
             self._put(links / name, f"files/{entry.xxh3_128}", entry.bytes)
-        self._check_owner()
-        if self._lost:
+        if not self._is_ours():
             return
         for path in self._small_files():
             if path.exists():

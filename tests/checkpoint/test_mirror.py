@@ -178,13 +178,21 @@ def test_a_trainer_that_was_killed_is_waited_for_once(tmp_path: Path) -> None:
     assert time.monotonic() - begin >= 0.3
 
 
-def test_a_trainer_that_lost_the_mirror_sends_nothing_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("sees_it", ["the beat", "the last save"])
+def test_a_trainer_that_lost_the_mirror_sends_nothing_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sees_it: str
+) -> None:
     first = opened(tmp_path / "a")
     first.claim()
     STORE.pipe_file("/bucket/run/owner.json", json.dumps({"token": "another", "host": "h"}).encode())
     checkpoint(tmp_path / "a", 5)
-    first.start()
-    first.close()
+    if sees_it == "the beat":
+        first._pulse.start()
+        first._pulse.join(60)
+    else:
+        first._closing.set()
+        first.start()
+        first.close()
     assert names("manifests") == []
     assert "another trainer has taken it" in caplog.messages[0]
     assert json.loads(STORE.cat_file("/bucket/run/owner.json"))["token"] == "another"
