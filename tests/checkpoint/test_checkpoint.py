@@ -4,9 +4,11 @@ import errno
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from relora_mora.checkpoint.layout import CheckpointError, abandon, discard, list_checkpoints
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, first_whole, newest_manifest, verify
@@ -92,6 +94,15 @@ def test_numbers_that_are_not_finite_are_not_read(made, tmp_path, key):
     ):
         reader.piece(kind, name, 0, reader.manifest.numel(name))
     assert reader.piece(kind, name, 0, 1).isfinite().all()  # only the last element is damaged
+
+
+def test_a_checkpoint_of_other_parameters_is_refused_by_name(made):
+    reader = CheckpointReader(made / "step-00000015")
+    moments = dict.fromkeys(("a", "new"), ("exp_avg", "exp_avg_sq"))
+    shapes = {"a": torch.Size([4, 3]), "new": torch.Size([2])}
+    engine: Any = SimpleNamespace(shapes=shapes, moments=moments, matrix_shapes={}, groups={"adapters": [*moments]})
+    with pytest.raises(CheckpointError, match=r"differ from this run's \(b, new\); resume with the settings"):
+        reader.restore(engine, SimpleNamespace(owner={}))
 
 
 def test_other_names_are_not_checkpoints(tmp_path):
