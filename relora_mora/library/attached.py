@@ -286,11 +286,9 @@ class AttachedAdapters:
     @torch.no_grad()
     def merged(self, optimizer: Any = None) -> nn.Module:
         """A copy of the model with plain linears; see :meth:`merged_state_dict`. Raises ValueError if it is sharded."""
-        held = self.model.state_dict(keep_vars=True)
-        engine = self._engine(optimizer)
-        if is_sharded(engine):
+        if is_sharded(self._engine(optimizer)):
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
-        return plain_copy(self.model, merged_values(held, engine, self._masters))
+        return plain_copy(self.model, self.merged_state_dict(optimizer))
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         """In place of the method of a transformers model, which would leave out the delta since the last merge.

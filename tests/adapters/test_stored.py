@@ -8,7 +8,7 @@ from torch import nn
 
 from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
-from relora_mora.adapters.stored import EightBits, check_device, with_products
+from relora_mora.adapters.stored import EightBits, with_products
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
@@ -166,6 +166,5 @@ def test_auto_multiplies_in_8_bits_if_that_is_faster_and_a_gpu_that_cannot_is_re
     assert reason
     for given in (True, False):
         explicit = method.model_copy(update={"base_products": given})
-        assert with_products(explicit, bf16=bf16, capability=capability, vnni=vnni) == (explicit, None)
         with pytest.raises(ConfigError, match=r"method\.base") if refused and given else nullcontext():
-            check_device(explicit, bf16=bf16, capability=capability)
+            assert with_products(explicit, bf16=bf16, capability=capability, vnni=vnni) == (explicit, None)

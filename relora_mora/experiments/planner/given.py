@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from relora_mora.adapters.stored import check_device, with_products
+from relora_mora.adapters.stored import with_products
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, read_tree
 from relora_mora.config.schema import Config, ModelConfig
@@ -43,7 +43,6 @@ def plan_of(given: str, overrides: Mapping[str, str], cluster: Cluster, *, finet
         bf16 = fast_bf16() if is_here else not on_cpu
     capability = None if on_cpu else torch.cuda.get_device_capability() if is_here else device.capability
     method, _ = with_products(config.method, bf16=bf16, capability=capability, vnni=torch.cpu._is_vnni_supported())
-    check_device(method, bf16=bf16, capability=capability)
     if on_cpu or is_here:
         rate, source = peak_flops(bf16=bf16, on_cpu=on_cpu)
         peak = rate / (cluster.devices_per_node if on_cpu else 1), source  # a host's ranks share its cores
