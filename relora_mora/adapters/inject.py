@@ -1,7 +1,6 @@
 """Puts adapter layers into a model that knows nothing about them."""
 
 import copy
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any
@@ -28,9 +27,14 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def multiplies(module: nn.Linear) -> bool:
-    """Whether a linear of another class only multiplies; a router, for example, returns more. Needs no weights."""
+    """Whether a linear only computes ``x W^T + b``; a router, for example, does more. Needs no weights."""
     if type(module) is nn.Linear:
         return True
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or weight.shape != (module.out_features, module.in_features):
+        return False
+    if module._parameters.keys() != {"weight", "bias"} or module._buffers or module._modules:
+        return False
     small = copy.copy(module)
     bias = None if module.bias is None else nn.Parameter(torch.rand(5, device="cpu"))
     small._parameters = {"weight": nn.Parameter(torch.rand(5, module.in_features, device="cpu")), "bias": bias}
@@ -49,19 +53,19 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Adapter
                 yield f"{layer_name}.{name}", module
 
 
-def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None) -> dict[str, list[str]]:
-    """Replaces the target linears of the decoder with adapter layers in place; returns their names by projection.
+def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None) -> None:
+    """Replaces the target linears of the decoder with adapter layers in place.
 
     ``mora_type`` is the first operator (default: the first of the cycle). Raises ValueError if an operator cannot be
     built for a layer's shape. ``check_adapters`` reports targets that match nothing.
     """
-    by_kind: dict[str, list[str]] = {}
-    for name, module in decoder_linears(model):
-        kind = name.rpartition(".")[2]
-        if isinstance(module, nn.Linear) and (method.target_modules is None or kind in method.target_modules):
-            by_kind.setdefault(kind, []).append(name)
-    replace_linears(model, itertools.chain(*by_kind.values()), method, seed=seed, mora_type=mora_type)
-    return by_kind
+    targets = method.target_modules
+    names = [
+        name
+        for name, module in decoder_linears(model)
+        if isinstance(module, nn.Linear) and (targets is None or name.rpartition(".")[2] in targets)
+    ]
+    replace_linears(model, names, method, seed=seed, mora_type=mora_type)
 
 
 def replace_linears(
@@ -142,7 +146,7 @@ def storage_of(layer: AdapterLinear, method: MethodConfig, *, on_gpu: bool) -> S
     if method.eight_bits is None:
         return PLAIN
     assert method.base_products != "auto", "it depends on the machine; see stored.with_products"
-    return EightBits.of(
+    return EightBits(
         method.eight_bits,
         layer.out_features,
         layer.in_features,

@@ -7,8 +7,8 @@ the readable reference, and the only form that allows dropout.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, KeysView, Sequence
-from typing import Any, ClassVar, Protocol, Self, cast
+from collections.abc import Iterator, KeysView, Sequence
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,13 @@ class AdapterLinear(nn.Module):
 
     @property
     @abstractmethod
-    def algebra(self) -> "Algebra":
-        """What :class:`FrozenProduct` knows of the adapter."""
+    def algebra(self) -> Any:
+        """The part of the adapter's arithmetic that is not left to autograd: an ``Operator`` or a ``LowRank``.
+
+        ``add_delta(weight [out, in], *parameters, after)`` returns weight + delta, a new tensor; ``ops.expand_add`` has
+        ``after``. ``gradients(kept, dy [..., out], *parameters)`` returns the gradients of the parameters; ``kept`` is
+        what :meth:`_for_gradients` returned.
+        """
 
     @abstractmethod
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
@@ -122,7 +127,7 @@ class AdapterLinear(nn.Module):
         with torch.inference_mode(False), torch.set_grad_enabled(grad):  # or nobody could see that it is written to
             weight = (self.base_weight.float() + self.delta_of(*parameters)).to(self.base_weight.dtype)
         if caller is not None and not torch.compiler.is_compiling():
-            caller.record(self.name, weight)
+            caller.read.append((self.name, weight, weight._version))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +153,7 @@ class AdapterLinear(nn.Module):
         )
 
     def _for_gradients(self, x: Tensor) -> Tensor:
-        """What :meth:`Algebra.gradients` needs of x."""
+        """What the gradients of :attr:`algebra` need of x."""
         return x.detach()  # torch's compiler cannot pass one tensor to a function twice
 
     def _decoupled(self, x: Tensor) -> Tensor:
@@ -216,18 +221,6 @@ class AdapterLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, form={self.form}{dropout}"
 
 
-class Algebra(Protocol):
-    """The part of an adapter's arithmetic that is not left to autograd: an ``Operator`` or a ``LowRank``."""
-
-    @property
-    def add_delta(self) -> Callable[..., Tensor]:
-        """(weight [out, in], *parameters, after) -> weight + delta, a new tensor; ``ops.expand_add`` has after"""
-
-    @property
-    def gradients(self) -> Callable[..., tuple[Tensor, ...]]:
-        """(what ``_for_gradients`` returned, dy [..., out], *parameters) -> the gradients of the parameters"""
-
-
 class FrozenProduct(torch.autograd.Function):
     """``x (W + delta)^T``, where W does not train: (x, weight, ready, stored, algebra, kept, *parameters) -> y
 
@@ -265,8 +258,9 @@ class FrozenProduct(torch.autograd.Function):
         return dx, None, None, None, None, None, *gradients
 
 
-def _add_delta(algebra: Algebra, weight: Tensor, parameters: Sequence[Tensor], after: Tensor | None = None) -> Tensor:
-    return algebra.add_delta(weight, *(parameter.to(weight.dtype) for parameter in parameters), after=after)
+def _add_delta(algebra: Any, weight: Tensor, parameters: Sequence[Tensor], after: Tensor | None = None) -> Tensor:
+    total: Tensor = algebra.add_delta(weight, *(parameter.to(weight.dtype) for parameter in parameters), after=after)
+    return total
 
 
 def refuse_second_derivatives() -> None:

@@ -1,6 +1,6 @@
 """MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6), a square M between parameter-free operators."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -106,18 +106,18 @@ class MoRALinear(AdapterLinear):
         return f"{super().extra_repr()}, {self.operator}"
 
 
-def operator_in_use(layers: Iterable[AdapterLinear]) -> int | None:
+def operator_in_use(model: nn.Module) -> int | None:
     """The operator in use, the same in all layers; None for a method without operators."""
-    used = {layer.operator.mora_type for layer in layers if isinstance(layer, MoRALinear)}
+    used = {module.operator.mora_type for module in model.modules() if isinstance(module, MoRALinear)}
     assert len(used) <= 1, f"layers disagree about the operator: {sorted(used)}"
     return used.pop() if used else None
 
 
-def set_operators(layers: Iterable[AdapterLinear], mora_type: int | None) -> None:
+def set_operators(model: nn.Module, mora_type: int | None) -> None:
     """Switches the operator of all layers that have one."""
-    for layer in layers:
-        if mora_type is not None and isinstance(layer, MoRALinear):
-            layer.set_operator(mora_type)
+    for module in model.modules():
+        if mora_type is not None and isinstance(module, MoRALinear):
+            module.set_operator(mora_type)
 
 
 class SharedInput(Scope):

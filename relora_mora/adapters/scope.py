@@ -48,10 +48,7 @@ class Caller(Scope):
 
     def reset(self) -> None:
         super().reset()
-        self.read: list[tuple[str, Tensor, int]] = []
-
-    def record(self, name: str, weight: Tensor) -> None:
-        self.read.append((name, weight, weight._version))
+        self.read: list[tuple[str, Tensor, int]] = []  # names, weights and their versions when they were read
 
     def close(self) -> None:
         """Raises ValueError if a weight was written to."""

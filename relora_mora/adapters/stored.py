@@ -48,6 +48,10 @@ class Plain:
         return dy @ stored.to(dy.dtype)
 
 
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
 @dataclass(frozen=True)
 class EightBits:
     """The weight is stored as one tensor of bytes [out * in + 4 * out]: 8-bit values, then float32 scales.
@@ -57,24 +61,26 @@ class EightBits:
     """
 
     kind: str
-    multiplies: bool
     out_features: int
     in_features: int
-    padded_out: int
-    padded_in: int
+    multiplies: bool
+    on_gpu: bool
 
-    @classmethod
-    def of(cls, kind: str, out_features: int, in_features: int, *, multiplies: bool, on_gpu: bool) -> "EightBits":
-        padded = (-(-size // ALIGNED) * ALIGNED if on_gpu else size for size in (out_features, in_features))
-        return cls(kind, multiplies, out_features, in_features, *padded)
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns of the stored matrix."""
+        if not self.on_gpu:
+            return self.out_features, self.in_features
+        return _aligned(self.out_features), _aligned(self.in_features)
 
     @property
     def _scales_start(self) -> int:
-        return -(-self.padded_out * self.padded_in // ALIGNED) * ALIGNED
+        rows, columns = self.padded
+        return _aligned(rows * columns)
 
     def encode(self, weight: Tensor) -> Tensor:
         """weight [out, in] -> the stored tensor, on the same device"""
-        values, scales = quantize_rows(weight, KINDS[self.kind], padded=self.padded_in)
+        values, scales = quantize_rows(weight, KINDS[self.kind], padded=self.padded[1])
         stored = self.empty(weight)
         stored[: values.numel()] = values.view(torch.uint8).view(-1)
         end = self._scales_start + 4 * self.out_features
@@ -83,12 +89,13 @@ class EightBits:
 
     def empty(self, weight: Tensor) -> Tensor:
         """A stored tensor of zeros, on the device of a weight [out, in]"""
-        return torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
+        return torch.zeros(self._scales_start + 4 * self.padded[0], dtype=torch.uint8, device=weight.device)
 
     def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the stored tensor: values [padded out, padded in] and float32 scales [padded out]."""
-        values = stored[: self.padded_out * self.padded_in].view(KINDS[self.kind])
-        return values.view(self.padded_out, self.padded_in), stored[self._scales_start :].view(torch.float32)
+        rows, columns = self.padded
+        values = stored[: rows * columns].view(KINDS[self.kind])
+        return values.view(rows, columns), stored[self._scales_start :].view(torch.float32)
 
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """The weight [out, in] in ``dtype``; see ``ops.dense`` for ``after``."""
@@ -131,41 +138,40 @@ def with_products(
 ) -> tuple[MethodConfig, str | None]:
     """Replaces ``method.base_products: auto`` by what is faster on a machine; returns why, or None if it was given.
 
-    ``capability`` is that of the GPU; None means a CPU, which has AVX512-VNNI if ``vnni``.
-    """
-    if method.base_products != "auto" or method.base is None:
-        return method, None
-    kind = method.base
-    if method.form in ("merged", "resident"):
-        chosen, reason = method.form == "resident", f"method.form={method.form}"
-    elif capability is not None:
-        chosen = capability >= OLDEST[kind] and (kind != "fp8" or bf16)
-        precision = "bf16" if bf16 else "float32"
-        reason = f"a GPU of compute capability {'.'.join(map(str, capability))}, and a model in {precision}"
-    elif kind == "fp8":
-        chosen, reason = False, "CPUs compute fp8 in float32"
-    else:
-        chosen, reason = vnni, f"this CPU has {'' if vnni else 'no '}AVX512-VNNI"
-    return method.model_copy(update={"base_products": chosen}), reason
-
-
-def check_device(method: MethodConfig, *, bf16: bool, capability: tuple[int, int] | None) -> None:
-    """Raises :class:`ConfigError` if a GPU of this compute capability cannot multiply as ``method.base`` says.
-
-    A CPU (None) computes fp8 in float32, with the same rounding. Without :attr:`EightBits.multiplies` all devices work.
+    ``capability`` is that of the GPU; None means a CPU, which has AVX512-VNNI if ``vnni``. Raises :class:`ConfigError`
+    if a GPU cannot multiply as ``method.base`` says. A CPU computes fp8 in float32, with the same rounding.
     """
     kind = method.eight_bits
-    if kind is None or method.base_products is not True or capability is None:
-        return
-    remedy = "use method.base_products=false" + (", or method.base=int8" if kind == "fp8" else "")
+    if kind is None:
+        return method, None
+    reason = None
+    fault = None if capability is None else _gpu_fault(kind, bf16=bf16, capability=capability)
+    if method.base_products == "auto":
+        if method.form in ("merged", "resident"):
+            chosen, reason = method.form == "resident", f"method.form={method.form}"
+        elif capability is not None:
+            chosen = fault is None
+            precision = "bf16" if bf16 else "float32"
+            reason = f"a GPU of compute capability {'.'.join(map(str, capability))}, and a model in {precision}"
+        elif kind == "fp8":
+            chosen, reason = False, "CPUs compute fp8 in float32"
+        else:
+            chosen, reason = vnni, f"this CPU has {'' if vnni else 'no '}AVX512-VNNI"
+        method = method.model_copy(update={"base_products": chosen})
+    if method.base_products and fault is not None:
+        raise ConfigError([f"method.base: {fault}"], "the settings")
+    return method, reason
+
+
+def _gpu_fault(kind: str, *, bf16: bool, capability: tuple[int, int]) -> str | None:
+    """Why a GPU cannot multiply values of this kind, and what to do; None if it can."""
+    remedy = "method.base_products=false" + (", or method.base=int8" if kind == "fp8" else "")
     if capability < OLDEST[kind]:
         needed, have = (".".join(map(str, version)) for version in (OLDEST[kind], capability))
-        problem = f"method.base: {kind} products need compute capability {needed}, and this GPU has {have}; {remedy}"
-    elif kind == "fp8" and not bf16:
-        problem = f"method.base: the results of fp8 products are in bf16; use train.precision=bf16, or {remedy[4:]}"
-    else:
-        return
-    raise ConfigError([problem], "the settings")
+        return f"{kind} products need compute capability {needed}, and this GPU has {have}; use {remedy}"
+    if kind == "fp8" and not bf16:
+        return f"the results of fp8 products are in bf16; use train.precision=bf16, or {remedy}"
+    return None
 
 
 Stored = Plain | EightBits

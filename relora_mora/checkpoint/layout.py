@@ -54,6 +54,11 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used. The message says what was found, what was expected, and what to do."""
 
 
+def damaged(place: Path | str, problem: str) -> CheckpointError:
+    """The error for a part of a checkpoint that is not as it was written."""
+    return CheckpointError(f"{place}: damaged, {problem}; use an older checkpoint")
+
+
 def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -188,7 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise CheckpointError(f"{path}: damaged, it is not a regular file; use an older checkpoint")
+            raise damaged(path, "it is not a regular file")
         return parse_manifest(path, path.read_bytes())
     except OSError as error:
         raise_if_lost(error)
@@ -205,12 +210,12 @@ def parse_manifest(path: Path | str, content: bytes) -> Manifest:
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: damaged, or not the manifest of a {FORMAT}; use an older checkpoint")
+        raise damaged(path, f"or not the manifest of a {FORMAT}")
     if values.get("version") != VERSION:  # checked first: another version may compute the checksum differently
         found = f"format version {values.get('version')}, expected version {VERSION}"
         raise CheckpointError(f"{path}: {found}; use the release that wrote it")
     if values.pop("checksum", None) != content_checksum(values):
-        raise CheckpointError(f"{path}: damaged, its checksum does not match its content; use an older checkpoint")
+        raise damaged(path, "its checksum does not match its content")
     del values["format"], values["version"]
     values.pop("operator_seed", None)  # release 0.2 wrote it, null except for operator 7
     try:
@@ -218,7 +223,7 @@ def parse_manifest(path: Path | str, content: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
+        raise damaged(path, f"{field}: {first['msg']}") from error
     for setting, name in manifest.optimizers.items():
         if not isinstance(name, str) or optimizer_named(name) is None:
             known = ", ".join(MATRIX_OPTIMIZERS)
@@ -262,4 +267,4 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
             raise_if_lost(error)
             problem = error.strerror
         if problem is not None:
-            raise CheckpointError(f"{path}: damaged, {problem}; use an older checkpoint")
+            raise damaged(path, problem)

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,16 +46,15 @@ class Mirror:
     """The mirror of the run in ``run``; first rank only.
 
     ``claim`` and ``fetch`` come first, in this order. Then ``start`` begins to send what is saved, and ``close`` waits
-    for what is left. ``report`` gets a line for each fault. Raises :class:`MirrorError` for a store that cannot be
-    opened.
+    for what is left. The log has a line for each fault. Raises :class:`MirrorError` for a store that cannot be opened.
     """
 
-    def __init__(self, url: str, run: RunFolder, report: Callable[[str], None] = log.warning) -> None:
+    def __init__(self, url: str, run: RunFolder) -> None:
         self._run = run
-        self._report = report
         self._store = open_store(url)
         self._token = uuid.uuid4().hex
-        self._beats = 0
+        # the run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time
+        self._folder = f"{socket.gethostname()}:{run.path.resolve()}"
         self._there: dict[str, layout.Manifest] = {}  # the manifests in the store by name
         self._sent = ""  # the name of the checkpoint that was sent last
         self._lost = False  # another trainer has taken the mirror
@@ -70,7 +69,7 @@ class Mirror:
         """Takes the mirror. Raises :class:`MirrorError` if another trainer has it and lives, or if the store fails."""
         with _faults_named():
             before = self._owner()
-            if before and before.get("folder") != self._folder():
+            if before and before.get("folder") != self._folder:
                 log.info("waiting %.0f s to see whether the mirror's trainer (%s) lives", SILENCE_SECONDS, _who(before))
                 time.sleep(SILENCE_SECONDS)
                 if self._owner() not in ({}, before):
@@ -146,10 +145,7 @@ class Mirror:
         self._closing.set()
         self._sender.join(CLOSE_SECONDS if wait else 0)
         if wait and self._sender.is_alive():
-            self._report(
-                f"checkpoint.mirror: the last checkpoint was not sent in {CLOSE_SECONDS:.0f} s; "
-                "the same command sends it"
-            )
+            log.warning("checkpoint.mirror: the last checkpoint was not sent in time; the same command sends it")
 
     # ---- the threads -----------------------------------------------------------------------------------------------
 
@@ -162,28 +158,30 @@ class Mirror:
                 if is_last:
                     self._ended.set()
                     self._pulse.join()  # else it could write the owner again
-                    self._store.rm_file(OWNER)
+                    if self._is_ours():
+                        self._store.rm_file(OWNER)
                     return
                 wait = FIRST_WAIT_SECONDS
                 self._closing.wait(POLL_SECONDS)
             except Exception as error:  # stores raise types of their own
-                self._report(
-                    f"checkpoint.mirror: {_reason(error)}; training goes on, and it is tried again in {wait:.0f} s"
-                )
+                fault = _reason(error)
+                log.warning("checkpoint.mirror: %s; training goes on, and it is tried again in %.0f s", fault, wait)
                 time.sleep(wait)
                 wait = min(LONGEST_WAIT_SECONDS, 2 * wait)
 
     def _show_life(self) -> None:
         while not self._ended.wait(BEAT_SECONDS) and not self._lost:
             with contextlib.suppress(Exception):  # the store is away for a moment; what cannot be sent is reported
-                self._check_owner()
-                self._beat()
+                if self._is_ours():
+                    self._beat()
 
-    def _check_owner(self) -> None:
+    def _is_ours(self) -> bool:
+        """Whether no other trainer has taken the mirror."""
         owner = self._owner()
         if owner.get("token", self._token) != self._token and not self._lost:
             self._lost = True
-            self._report(f"checkpoint.mirror: another trainer has taken it ({_who(owner)}); nothing more is sent")
+            log.warning("checkpoint.mirror: another trainer has taken it (%s); nothing more is sent", _who(owner))
+        return not self._lost
 
     def _send_newest(self) -> None:
         """Sends the newest checkpoint if that has changed. Links keep its files even if it is removed meanwhile."""
@@ -204,8 +202,7 @@ class Mirror:
         manifest = layout.read_manifest(links)
         for name, entry in manifest.files.items():
             self._put(links / name, f"files/{entry.xxh3_128}", entry.bytes)
-        self._check_owner()
-        if self._lost:
+        if not self._is_ours():
             return
         for path in self._small_files():
             if path.exists():
@@ -258,19 +255,14 @@ class Mirror:
         return content if isinstance(content, dict) else {}
 
     def _beat(self) -> None:
-        self._beats += 1
         content = {
             "token": self._token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "folder": self._folder(),
-            "beat": self._beats,
+            "folder": self._folder,
+            "beat": uuid.uuid4().hex,
         }
         self._store.pipe_file(OWNER, json.dumps(content).encode())
-
-    def _folder(self) -> str:
-        """The run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time."""
-        return f"{socket.gethostname()}:{self._run.path.resolve()}"
 
     def _small_files(self) -> list[Path]:
         run = self._run
@@ -284,18 +276,14 @@ def open_store(url: str) -> Any:
     from fsspec.implementations.dirfs import DirFileSystem
 
     options = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {"use_listings_cache": False}
-    try:
+    with _faults_named():
         store, root = url_to_fs(url, **options)
-    except Exception as error:  # a missing package, an unknown store, or a store's own type
-        raise MirrorError(
-            f"checkpoint.mirror: its store cannot be opened ({_reason(error)}); check the address and the login"
-        ) from error
     return DirFileSystem(path=root, fs=store)
 
 
 @contextlib.contextmanager
 def _faults_named() -> Iterator[None]:
-    """Turns a fault of the store before training into a :class:`MirrorError`."""
+    """Turns a fault of the store before training, or a missing package, into a :class:`MirrorError`."""
     try:
         yield
     except (MirrorError, layout.CheckpointError):

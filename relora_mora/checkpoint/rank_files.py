@@ -2,9 +2,8 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -15,37 +14,24 @@ from relora_mora.system.files import disk_faults_named, link_or_copy
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
-    from relora_mora.engine.masters import Fragment
     from relora_mora.engine.merging import FrozenMasters
 
 
-_T = TypeVar("_T")
-
-
 def snapshot(engine: "ZeroEngine") -> dict[str, Tensor]:
-    """Copies this rank's fragments to host memory. At stage 0 all ranks own everything, so each takes a share."""
-    pieces: dict[str, tuple[Fragment | None, Tensor]] = {}
-    for fragment in _share(engine, engine.fragments):
-        state = engine.state_of(fragment.flat)
-        flats = {"master": fragment.flat, **{kind: state[kind] for kind in engine.moments[fragment.name]}}
-        for kind, flat in flats.items():
-            pieces[f"{kind}|{fragment.name}|{fragment.start}"] = fragment, flat
-    for name, matrix in _share(engine, engine.matrix_states.items()):
-        for kind, value in matrix.items():
-            pieces[f"{kind}|{name}|0"] = None, value
-    whole = {id(flat): flat.detach() for _, flat in pieces.values()}
-    copies = dict(zip(whole, host_copies(whole.values()), strict=True))
-    return {
-        key: copies[id(flat)] if fragment is None else fragment.of(copies[id(flat)])
-        for key, (fragment, flat) in pieces.items()
-    }
+    """Copies what this rank saves to host memory: all that it holds, or at stage 0, where all hold the same, a share.
 
-
-def _share(engine: "ZeroEngine", owned: Iterable[_T]) -> Iterator[_T]:
-    """The items that this rank saves: all that it owns, or at stage 0 every n-th."""
-    if engine.stage > 0:
-        return iter(owned)
-    return itertools.islice(owned, engine.rank, None, engine.world_size)
+    A GPU copies to pinned memory, which torch caches for the next save, and the host waits once for all its copies.
+    """
+    pieces = engine.pieces()
+    if engine.stage == 0:
+        pieces = itertools.islice(pieces, engine.rank, None, engine.world_size)
+    copies = {}
+    for kind, name, start, values in pieces:
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        copies[f"{kind}|{name}|{start}"] = copy.copy_(values, non_blocking=True)
+    if engine.device.type == "cuda":
+        torch.cuda.current_stream(engine.device).synchronize()
+    return copies
 
 
 def write_rank_files(
@@ -83,19 +69,3 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
         save_file(tensors, path)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
     return file_entry(path)
-
-
-def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies tensors to host memory. A GPU copies to pinned memory, and the host waits once for all its copies.
-
-    Torch caches pinned memory for the next save, in blocks that are rounded up to a power of two.
-    """
-    copies = []
-    device = None  # the GPU, if there is one
-    for tensor in tensors:
-        device = tensor.device if tensor.is_cuda else device
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        copies.append(copy.copy_(tensor, non_blocking=True))
-    if device is not None:
-        torch.cuda.current_stream(device).synchronize()
-    return copies

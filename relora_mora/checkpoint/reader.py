@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from relora_mora.checkpoint import layout
-from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.layout import CheckpointError, damaged
 from relora_mora.distributed.collectives import on_all_ranks, same_on_all_ranks
 from relora_mora.optim.rules import state_dtype
 from relora_mora.system.files import raise_if_lost
@@ -56,8 +56,8 @@ class CheckpointReader:
             *ends, end = itertools.accumulate((piece.numel for piece in sorted(pieces)), initial=0)
             numel = self.manifest.numel(name, kind)
             if [piece.start for piece in sorted(pieces)] != ends or end != numel:
-                files = "base-*" if kind == "base" else "state-*"
-                raise self._damaged(f"{files}: do not hold each of the {numel} elements of {kind} of {name} once")
+                files = folder / ("base-*" if kind == "base" else "state-*")
+                raise damaged(files, f"they do not hold each of the {numel} elements of {kind} of {name} once")
 
     def _index(self, file: str) -> None:
         for key in self._open(file).keys():  # noqa: SIM118 - a safetensors handle is not a mapping
@@ -67,12 +67,9 @@ class CheckpointReader:
             well_formed = (kind, name) in self._pieces and start.isascii() and start.isdigit()
             expected = _TYPES[state_dtype(kind)]
             if not well_formed or tensor.get_dtype() != expected:
-                found = f"{key} ({tensor.get_dtype()})"
-                raise self._damaged(f"{file}: {found} is not an {expected} piece of a parameter in the manifest")
+                problem = f"{key} ({tensor.get_dtype()}) is not an {expected} piece of a parameter in the manifest"
+                raise damaged(self.folder / file, problem)
             self._pieces[kind, name].append(_Piece(int(start), math.prod(tensor.get_shape()), file, key))
-
-    def _damaged(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}/{problem}; use an older checkpoint")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -80,7 +77,7 @@ class CheckpointReader:
                 self._files[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise_if_lost(error)
-                raise self._damaged(f"{file}: cannot be read ({error})") from error
+                raise damaged(self.folder / file, f"it cannot be read ({error})") from error
         return self._files[file]
 
     def piece(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
@@ -97,12 +94,10 @@ class CheckpointReader:
                 try:
                     values = self._open(piece.file).get_tensor(piece.key).reshape(-1)
                 except SafetensorError as error:
-                    raise self._damaged(f"{piece.file}: cannot be read ({error})") from error
+                    raise damaged(self.folder / piece.file, f"it cannot be read ({error})") from error
                 out[left - start : right - start] = values[left - piece.start : right - piece.start]
         if not out.isfinite().all():
-            raise CheckpointError(
-                f"{self.folder}: {kind} of {name} holds numbers that are not finite; use an older checkpoint"
-            )
+            raise damaged(self.folder, f"{kind} of {name} holds numbers that are not finite")
         return out
 
     def weight(self, name: str) -> torch.Tensor:
@@ -118,11 +113,11 @@ class CheckpointReader:
 
         Raises an error on all ranks, even if only one cannot read what it needs.
         """
-        trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
+        trained = {name: list(engine.shapes[name]) for name in engine.moments}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
-        moments = {name: self.manifest.moments(name) for name in trained}
-        ours = (trained, frozen, engine.moments, engine.matrix_shapes, set(engine.group_names))
+        ours = (trained, frozen, engine.moments, engine.matrix_shapes, set(engine.groups))
         saved = self.manifest
+        moments = {name: saved.moments(name) for name in saved.parameters}
         if ours != (saved.parameters, saved.frozen, moments, saved.matrix_states, set(saved.group_steps)):
             different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
@@ -137,18 +132,9 @@ class CheckpointReader:
         base.push(engine)
 
     def _read_own(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
-        groups = {
-            name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names
-        }
-        for fragment in engine.fragments:
-            state = engine.state_of(fragment.flat)
-            for kind in ("master", *self.manifest.moments(fragment.name)):
-                target = fragment.of(fragment.flat.data if kind == "master" else state[kind])
-                target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
-            state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
-        for name, matrix in engine.matrix_states.items():
-            for kind, value in matrix.items():
-                value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
+        for kind, name, start, values in engine.pieces():
+            values.copy_(self.piece(kind, name, start, values.numel()).view(values.shape))
+        engine.set_group_steps(self.manifest.group_steps)
         base.take(self.weight)
 
 
@@ -159,7 +145,7 @@ def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     """
     manifest = layout.read_manifest(folder)
     if layout.step_of(folder) not in (None, manifest.step):
-        raise CheckpointError(f"{folder / layout.MANIFEST}: belongs to step {manifest.step}")
+        raise damaged(folder / layout.MANIFEST, f"it belongs to step {manifest.step}")
     layout.check_files(folder, manifest, list(manifest.files)[rank::world_size])
     CheckpointReader(folder)
 

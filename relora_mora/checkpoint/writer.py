@@ -20,8 +20,10 @@ import torch
 
 from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.rank_files import snapshot, write_rank_files
+from relora_mora.data.lanes import merge_states
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.system.files import make_folder, remove, sync, write_synced
+from relora_mora.system.logs import log
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
@@ -63,9 +65,8 @@ class CheckpointWriter:
     """One per rank, constructed by all ranks together. :func:`retire` decides which checkpoints are kept.
 
     The files of the folder ``tokenizer`` are read now and written into every checkpoint, even if the folder changes.
-    ``merge_states`` combines the data states of all ranks into one. On rank 0, ``sync_beside`` is called before a
-    checkpoint gets its name, and ``report`` gets a line for each save that fails. ``last_failure`` is None if the last
-    save succeeded; on ranks other than 0 it only covers their own part.
+    On rank 0, ``sync_beside`` is called before a checkpoint gets its name, and the log has a line for each save that
+    fails. ``last_failure`` is None if the last save succeeded; on ranks other than 0 it only covers their own part.
     """
 
     def __init__(
@@ -77,9 +78,7 @@ class CheckpointWriter:
         tokenizer: Path,
         keep_last: int,
         keep_every_steps: int,
-        merge_states: Callable[[list[dict[str, Any]]], dict[str, Any]],
         sync_beside: Callable[[], None],
-        report: Callable[[str], None],
     ) -> None:
         self.folder = folder
         self.engine = engine
@@ -87,9 +86,7 @@ class CheckpointWriter:
         self.base = base
         self.keep_last = keep_last
         self.keep_every_steps = keep_every_steps
-        self.merge_states = merge_states
         self.sync_beside = sync_beside
-        self.report = report
         self.last_failure: str | None = None
         self._tokenizer: dict[str, bytes] = {}  # on the first rank
         self._thread: threading.Thread | None = None
@@ -166,7 +163,7 @@ class CheckpointWriter:
             remove(work)
         self.last_failure = None if failure is None else f"the checkpoint of step {manifest.step} failed ({failure})"
         if self.last_failure is not None and self.rank == 0:
-            self.report(f"{self.last_failure}; earlier checkpoints are as they were")
+            log.error("%s; earlier checkpoints are as they were", self.last_failure)
 
     def _write(self, work: Path, merges_done: int, tensors: dict[str, torch.Tensor]) -> dict[str, layout.FileEntry]:
         """Writes this rank's files, on the first rank with those of the tokenizer, and syncs them."""
@@ -205,7 +202,7 @@ class CheckpointWriter:
             for name, entry in part["files"].items():
                 files[name] = layout.FileEntry(**entry)
                 _await_file(work / name, files[name].bytes, rank, deadline)
-        state = self.merge_states([part["data_state"] for part in parts])
+        state = merge_states(part["data_state"] for part in parts)
         write_synced(work / layout.MANIFEST, replace(manifest, files=files, data_state=state).dump())
         self.sync_beside()
         if os.path.lexists(final):  # not from this history, in which every step is saved once
@@ -223,7 +220,7 @@ class CheckpointWriter:
             write_synced(self.folder / layout.LATEST, layout.step_folder(step) + "\n")
         except OSError as error:
             fault = f"{layout.LATEST} or older checkpoints could not be updated ({_reason(error)})"
-            self.report(f"the checkpoint of step {step} is complete, but {fault}")
+            log.error("the checkpoint of step %d is complete, but %s", step, fault)
 
 
 def _await_file(path: Path, size: int, rank: int, deadline: float) -> None:

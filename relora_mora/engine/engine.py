@@ -2,24 +2,27 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import TrainConfig
 from relora_mora.engine.matrices import CutMatrices
-from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
+from relora_mora.engine.start import deepspeed_settings, quiet
 from relora_mora.engine.zero_state import ZeroState
 from relora_mora.optim.groups import MatrixAdamW, create_state
 from relora_mora.optim.rules import MatrixRule, MatrixState, shapes_of
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.seeds import derived_seed
+
+ZERO_SUPPORTED_OPTIMIZERS.append(MatrixAdamW)
 
 
 class StepDone(NamedTuple):
@@ -59,10 +62,11 @@ class ZeroEngine(ZeroState):
             layer.pack()
         parameters = dict(lm.named_parameters())
         names = {id(parameter): name for name, parameter in parameters.items()}
-        self.group_names = [group["name"] for group in optimizer.param_groups]
-        self.members = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        self.groups: dict[str, list[str]] = {  # the optimizer's, with the names of their parameters
+            group["name"]: [names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
+        }
         self.moments: dict[str, tuple[str, ...]] = {
-            names[id(parameter)]: group["moments"] for group in optimizer.param_groups for parameter in group["params"]
+            name: group["moments"] for group in optimizer.param_groups for name in self.groups[group["name"]]
         }
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         # in float32, DeepSpeed may reuse the storage of the parameters
@@ -71,7 +75,6 @@ class ZeroEngine(ZeroState):
         settings = deepspeed_settings(
             train, dist.get_world_size(), clip=clip, bf16=bf16, trainable=elements, on_gpu=uses_cuda()
         )
-        allow_optimizer(type(optimizer))
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         super().__init__(lm, self.deepspeed.optimizer, shapes, train.zero_stage)
@@ -87,9 +90,9 @@ class ZeroEngine(ZeroState):
     def _add_matrices(self, optimizer: MatrixAdamW, seed: int) -> None:
         """Gives the optimizer access to whole matrices, and creates the states of those that this rank updates."""
         ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each rank has everything
-        fragments = {rank: self.fragments_of_rank(rank) for rank in ranks}
+        fragments = [part for rank in ranks for part in self.fragments_of_rank(rank)]
         of_rule: dict[MatrixRule, list[str]] = {}
-        for group, members in zip(self.group_names, self.members, strict=True):
+        for group, members in self.groups.items():
             if group in optimizer.rules:
                 of_rule.setdefault(optimizer.rules[group], []).extend(members)
         for rule, names in of_rule.items():
@@ -120,10 +123,29 @@ class ZeroEngine(ZeroState):
     def group_steps(self) -> dict[str, int]:
         """AdamW's step count of each group: 0 if it has another rule, -1 if this rank owns nothing of it."""
         counts = {}
-        for group, members in zip(self.group_names, self.members, strict=True):
+        for group, members in self.groups.items():
             flats = self.flats(set(members))
             counts[group] = int(self.state_of(flats[0])["step"].item()) if flats else -1
         return counts
+
+    def set_group_steps(self, counts: Mapping[str, int]) -> None:
+        """Sets AdamW's step count of each group."""
+        for group, members in self.groups.items():
+            for flat in self.flats(set(members)):
+                self.state_of(flat)["step"].fill_(counts[group])
+
+    def pieces(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """All that this rank holds of masters and optimizer state: views by kind, parameter and first element.
+
+        The kinds are ``master``, the names of moments, and those of the states of whole matrices, which begin at 0.
+        """
+        for part in self.fragments:
+            yield "master", part.name, part.start, part.of(part.flat.detach())
+            for kind in self.moments[part.name]:
+                yield kind, part.name, part.start, part.of(self.state_of(part.flat)[kind])
+        for name, matrix in self.matrix_states.items():
+            for kind, value in matrix.items():
+                yield kind, name, 0, value
 
     def __call__(self, *inputs: Tensor | float | None) -> Tensor:
         """The module's forward: see :class:`relora_mora.model.causal.LossModel`."""

@@ -37,9 +37,11 @@ OUTSIDE = "(outside the model)"
 class Fragment:
     """The part of one parameter that one rank owns, as a piece of a flat tensor.
 
-    ``flat[offset : offset + numel]`` is ``parameter.view(-1)[start : start + numel]``.
+    ``flat[offset : offset + numel]`` is ``parameter.view(-1)[start : start + numel]``. The ``flat`` of another rank's
+    fragment is the one of this rank that is used in the same way.
     """
 
+    rank: int
     name: str
     start: int
     numel: int
@@ -76,7 +78,7 @@ def owned_fragments(optimizer: Any, parameters: Mapping[str, nn.Parameter], rank
                 size = p.partition_numel()
                 owned = min(size, p.ds_shape.numel() - rank * size)  # the last partitions may be padding
                 if owned > 0:
-                    yield Fragment(names.get(id(p), OUTSIDE), rank * size, owned, flat, offset)
+                    yield Fragment(rank, names.get(id(p), OUTSIDE), rank * size, owned, flat, offset)
                 offset += size
         return
     for members, flat, offsets in _flat_groups(optimizer):
@@ -86,7 +88,7 @@ def owned_fragments(optimizer: Any, parameters: Mapping[str, nn.Parameter], rank
             left = max(begin, offset)
             right = min(begin + flat.numel(), offset + p.numel())
             if left < right:
-                yield Fragment(names.get(id(p), OUTSIDE), left - offset, right - left, flat, left - begin)
+                yield Fragment(rank, names.get(id(p), OUTSIDE), left - offset, right - left, flat, left - begin)
 
 
 def _flat_groups(optimizer: Any) -> Iterator[tuple[Sequence[Tensor], Tensor, Sequence[int]]]:

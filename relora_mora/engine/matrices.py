@@ -8,7 +8,6 @@ stage 0 none.
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from deepspeed import comm as dist
@@ -20,24 +19,17 @@ from relora_mora.optim.groups import matrices_at_once
 Update = Callable[[Tensor, Sequence[str]], Tensor]
 
 
-class Piece(NamedTuple):
-    """The part of a matrix that a rank holds."""
-
-    rank: int
-    fragment: Fragment
-
-
 class CutMatrices:
     """The matrices of an engine with these ``names``, for its optimizer.
 
-    ``fragments`` has what each rank owns, with flat tensors of this ``rank``, in the engine's order, which is the same
-    on all ranks. ``owned`` has the names of the matrices that this rank changes; at stage 0 every rank changes all.
+    ``fragments`` has what each rank owns, in an order that is the same on all ranks; at stage 0 only what this ``rank``
+    owns. ``owned`` has the names of the matrices that this rank changes; at stage 0 every rank changes all.
     """
 
     def __init__(
         self,
         names: Iterable[str],
-        fragments: Mapping[int, Iterable[Fragment]],
+        fragments: Iterable[Fragment],
         shapes: Mapping[str, torch.Size],
         *,
         rank: int,
@@ -46,11 +38,10 @@ class CutMatrices:
         self.rank = rank
         self.world_size = world_size
         self.shapes = shapes
-        self.pieces: dict[str, list[Piece]] = {name: [] for name in names}
-        for holder, parts in fragments.items():
-            for part in parts:
-                if part.name in self.pieces:
-                    self.pieces[part.name].append(Piece(holder, part))
+        self.pieces: dict[str, list[Fragment]] = {name: [] for name in names}
+        for part in fragments:
+            if part.name in self.pieces:
+                self.pieces[part.name].append(part)
         self.owner = _owners(self.pieces, shapes)
         self.owned = [name for name, owner in self.owner.items() if owner == rank]
 
@@ -66,13 +57,13 @@ class CutMatrices:
         matrices: dict[str, Tensor] = {}  # flattened, those that this rank changes
         cut: list[str] = []
         for name, pieces in self.pieces.items():
-            first, part = pieces[0]
-            if id(part.flat) not in of_flat:
+            first = pieces[0]
+            if id(first.flat) not in of_flat:
                 continue
-            if any(rank != first for rank, _ in pieces):
+            if any(part.rank != first.rank for part in pieces):
                 cut.append(name)
             elif self.owner[name] == self.rank:
-                matrices[name] = part.of(of_flat[id(part.flat)])
+                matrices[name] = first.of(of_flat[id(first.flat)])
         if not cut:
             self._change(matrices, update)
             return
@@ -82,11 +73,11 @@ class CutMatrices:
             owner = self.owner[name]
             if owner == self.rank:
                 matrices[name] = example.new_empty(self.shapes[name].numel())
-            for holder, part in self.pieces[name]:
-                if holder == self.rank:
+            for part in self.pieces[name]:
+                if part.rank == self.rank:
                     outgoing[owner].append(part.of(of_flat[id(part.flat)]))
                 if owner == self.rank:
-                    incoming[holder].append(part.of_whole(matrices[name]))
+                    incoming[part.rank].append(part.of_whole(matrices[name]))
         _exchange(outgoing, incoming, example)
         self._change(matrices, update)
         _exchange(incoming, outgoing, example)
@@ -117,15 +108,15 @@ def _exchange(sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Te
         place.copy_(values)
 
 
-def _owners(held: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+def _owners(held: Mapping[str, Sequence[Fragment]], shapes: Mapping[str, torch.Size]) -> dict[str, int]:
     """The rank that changes each matrix: the least busy of the ranks that hold much of it, largest matrices first."""
     costs = {name: shapes[name].numel() * min(shapes[name]) for name in held}
     work: dict[int, int] = {}
     owners: dict[str, int] = {}
     for name in sorted(held, key=lambda name: -costs[name]):
         holds: dict[int, int] = {}
-        for rank, fragment in held[name]:
-            holds[rank] = holds.get(rank, 0) + fragment.numel
+        for part in held[name]:
+            holds[part.rank] = holds.get(part.rank, 0) + part.numel
         candidates = [rank for rank, numel in holds.items() if 2 * numel >= max(holds.values())]
         owner = min(candidates, key=lambda rank: (work.get(rank, 0), rank))
         work[owner] = work.get(owner, 0) + costs[name]

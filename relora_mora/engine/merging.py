@@ -93,8 +93,8 @@ class FrozenMasters:
         master = torch.empty(value.shape, pin_memory=uses_cuda(), **HOST)
         self.weights[name] = master.copy_(value.detach())
 
-    def add(self, name: str, delta: Tensor) -> Tensor:
-        """Adds to one weight; returns the sum, on the device of ``delta``.
+    def add(self, name: str, delta: Tensor, engine: Engine) -> Tensor:
+        """Adds to one weight of the engine's model; returns the sum, on the device of ``delta``.
 
         The host does not wait for a GPU: the master has its value after the work that is queued on the device.
         """
@@ -127,14 +127,6 @@ class Merger:
         self.by_kind: dict[str, list[str]] = {}
         for name in self.layers:
             self.by_kind.setdefault(name.rpartition(".")[2], []).append(name)
-        self.measured = {kind: names[len(names) // 2] for kind, names in self.by_kind.items()}
-
-    def set_operator(self, mora_type: int | None) -> None:
-        set_operators(self.layers.values(), mora_type)
-
-    def operator(self) -> int | None:
-        """See :func:`relora_mora.adapters.mora.operator_in_use`."""
-        return operator_in_use(self.layers.values())
 
     @torch.no_grad()
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:
@@ -145,7 +137,7 @@ class Merger:
         nothing saves then, if a product of finite adapters is not finite, or if some adapter elements were not reset.
         """
         begin = time.perf_counter()
-        before = self.operator()
+        before = operator_in_use(self.engine.lm)
         self._check_adapters(step)
         interval = step // MEASURED_STEPS
         is_measured = merges_done == 1 or interval > (step - self.method.merge_every) // MEASURED_STEPS
@@ -158,7 +150,7 @@ class Merger:
             raise _error(step, f"{too_large}; nothing of this merge was saved")
         zeroed = self._reset_masters(merges_done)
         used = {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
-        self.set_operator(next_operator)
+        set_operators(self.engine.lm, next_operator)
         self.merges_done = merges_done
         self._reset_state(merges_done, used)
         self.engine.refresh()
@@ -171,7 +163,7 @@ class Merger:
             delta_norm={kind: sum(squares[name] for name in names) ** 0.5 for kind, names in self.by_kind.items()},
             effective_rank=ranks,
             operator_before=before,
-            operator_after=self.operator(),
+            operator_after=next_operator,
             seconds=time.perf_counter() - begin,
         )
 
@@ -193,19 +185,20 @@ class Merger:
         values = [self.engine.gather(parameter, to=owner) for parameter in self.parameters[name]]
         if owner == self.engine.rank:
             delta = self.layers[name].delta_of(*values)
-            square, merged = delta.square().sum(), self.base.add(weight, delta)
+            square, merged = delta.square().sum(), self.base.add(weight, delta, self.engine)
         self.engine.write_weight(weight, merged, owner)
         return square
 
     def _effective_ranks(self) -> dict[str, float]:
         """The effective rank of one layer's delta for each kind of projection."""
-        ranks = torch.zeros(len(self.measured), device=self.engine.device)
-        for index, name in enumerate(self.measured.values()):
+        measured = {kind: names[len(names) // 2] for kind, names in self.by_kind.items()}
+        ranks = torch.zeros(len(measured), device=self.engine.device)
+        for index, name in enumerate(measured.values()):
             owner = self.base.owner[f"{name}.weight"]
             values = [self.engine.gather(parameter, to=owner) for parameter in self.parameters[name]]
             if owner == self.engine.rank:
                 ranks[index] = effective_rank(self.layers[name].singular_values(*values))
-        return dict(zip(self.measured, self.engine.all_reduce(ranks).tolist(), strict=True))
+        return dict(zip(measured, self.engine.all_reduce(ranks).tolist(), strict=True))
 
     def _reset_masters(self, merges_done: int) -> int:
         """Sets every adapter to the values of a fresh one; returns how many elements all ranks wrote."""

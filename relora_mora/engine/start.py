@@ -14,7 +14,6 @@ import deepspeed
 import torch
 from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime import compiler
-from deepspeed.runtime.zero import utils as zero_utils
 
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import TrainConfig
@@ -83,12 +82,6 @@ def _import_muon() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_functions
-
-
-def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
-    """Adds a class of optimizers to the list of those that ZeRO accepts."""
-    if kind not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
-        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 @contextlib.contextmanager

@@ -62,11 +62,8 @@ class TorchState(Engine):
                 )
         return moments
 
-    def check_state(self, *, restarts: bool, changes: bool) -> None:
-        """Raises ValueError if the optimizer, after its first step, has state that a merge cannot reset.
-
-        ``restarts``: merges start it again. ``changes``: they change its values.
-        """
+    def check_state(self, reset: str) -> None:
+        """Raises ValueError if the optimizer, after its first step, has state that ``method.reset`` cannot reset."""
         kind = type(self.optimizer).__name__
         groups = self.optimizer.param_groups
         if kind == "ZeroRedundancyOptimizer" or _is_joint(self.optimizer):
@@ -76,12 +73,12 @@ class TorchState(Engine):
             )
         adapters = {id(self.parameters[name]) for name in self.names}
         mixed = [group for group in groups if len({id(parameter) in adapters for parameter in group["params"]}) > 1]
-        if restarts and any("step" in group for group in mixed):
+        if reset == "full" and any("step" in group for group in mixed):
             raise ValueError(
                 f"{kind} keeps one step count per group, and a group has adapters and other parameters, so a merge "
                 "cannot reset the adapters' count; make the optimizer from parameter_groups()"
             )
-        if changes:
+        if reset not in ("full", "none"):
             for name in self.names:
                 self.moments_of(name)
 

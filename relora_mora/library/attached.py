@@ -20,7 +20,7 @@ from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import MergeError, Merger, MergeRecord
 from relora_mora.engine.protocol import Engine
-from relora_mora.engine.torch_state import TorchState
+from relora_mora.engine.torch_state import TorchState, rank_and_size
 from relora_mora.library.masters import LoopMasters, is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, optimizer_groups, rate_of_step, rewarming_groups
 from relora_mora.library.state import check_state, identity_of, read_state, write_state
@@ -101,7 +101,6 @@ class AttachedAdapters:
             merge_until_step=method.merge_until_step,
             operators=method.cycle,
         )
-        self.trained_in: Any = None  # the state of the Trainer whose callback makes the merges
         self._checked = False
         self._owes_merge = False
 
@@ -111,7 +110,7 @@ class AttachedAdapters:
     @functools.cached_property
     def _masters(self) -> LoopMasters:
         """Made at its first use, when ``torch.distributed`` has been initialized."""
-        return LoopMasters([f"{name}.weight" for name in self.layers], self.process_group)
+        return LoopMasters([f"{name}.weight" for name in self.layers], *rank_and_size(self.process_group))
 
     @property
     def layers(self) -> dict[str, AdapterLinear]:
@@ -126,7 +125,7 @@ class AttachedAdapters:
     @property
     def operator(self) -> int | None:
         """The operator in use, or None for LoRA."""
-        return operator_in_use(self.layers.values())
+        return operator_in_use(self.model)
 
     def parameter_groups(
         self, lr: float, lr_other: float | None = None, *, weight_decay: float = 0.0
@@ -270,9 +269,8 @@ class AttachedAdapters:
         if optimizer is None and any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
             raise ValueError("DeepSpeed has sharded the model: give the engine, as in after_step()")
         engine = TorchState(self.model, optimizer, self.names, self.process_group)
-        if optimizer is not None:
-            reset = self.method.reset if self.method.merges else "none"
-            engine.check_state(restarts=reset == "full", changes=reset not in ("full", "none"))
+        if optimizer is not None and self.method.merges:
+            engine.check_state(self.method.reset)
         return engine
 
     @torch.no_grad()
@@ -288,11 +286,9 @@ class AttachedAdapters:
     @torch.no_grad()
     def merged(self, optimizer: Any = None) -> nn.Module:
         """A copy of the model with plain linears; see :meth:`merged_state_dict`. Raises ValueError if it is sharded."""
-        held = self.model.state_dict(keep_vars=True)
-        engine = self._engine(optimizer)
-        if is_sharded(engine):
+        if is_sharded(self._engine(optimizer)):
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
-        return plain_copy(self.model, merged_values(held, engine, self._masters))
+        return plain_copy(self.model, self.merged_state_dict(optimizer))
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         """In place of the method of a transformers model, which would leave out the delta since the last merge.
@@ -318,7 +314,7 @@ class AttachedAdapters:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy of the model has, whose ``save_pretrained()`` is ours: no process group, which has no copies."""
-        return {**vars(self), "process_group": None, "trained_in": None}
+        return {**vars(self), "process_group": None}
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -356,7 +352,7 @@ class AttachedAdapters:
         self.step = int(state["step"])
         self.skipped = int(state["skipped"])
         self.merges_done = state["merges_done"]
-        set_operators(layers.values(), state["operator"])
+        set_operators(self.model, state["operator"])
         self._masters.load(state["base"])
 
     def save(self, folder: str | Path) -> None:

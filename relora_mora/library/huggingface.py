@@ -35,26 +35,28 @@ class ReMoRACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         """Adds the warmups to the schedule, and continues from a checkpoint if the Trainer does."""
-        remora = self.remora
-        if remora.step and not state.global_step:
-            raise ValueError(f"the adapters have made {remora.step} steps already; attach() to a new model")
-        if remora.trained_in is state:
-            raise ValueError("the Trainer has two ReMoRACallbacks for one model; remove one, or merges come too often")
-        remora.trained_in = state
         scheduler = getattr(parts["lr_scheduler"], "scheduler", parts["lr_scheduler"])
-        remora.rewarm(scheduler, total_steps=state.max_steps, restart_warmup_steps=self.restart_warmup_steps)
+        self.remora.rewarm(scheduler, total_steps=state.max_steps, restart_warmup_steps=self.restart_warmup_steps)
         if state.global_step:
-            remora.load(self.checkpoint or args.resume_from_checkpoint or _folder(args, state.global_step))
-            if remora.step + remora.skipped != state.global_step:  # the Trainer counts skipped steps
-                raise ValueError(
-                    f"the state of the adapters is of step {remora.step + remora.skipped}, the Trainer's is of step "
-                    f"{state.global_step}; give the folder of both: ReMoRACallback(remora, checkpoint=...)"
-                )
-            remora.catch_up(parts["optimizer"], scheduler)
+            self.remora.load(self.checkpoint or args.resume_from_checkpoint or _folder(args, state.global_step))
+        self._check_step(state)
+        if state.global_step:
+            self.remora.catch_up(parts["optimizer"], scheduler)
+
+    def _check_step(self, state: TrainerState) -> None:
+        """Raises ValueError unless the adapters have made as many steps as the Trainer."""
+        made = self.remora.step + self.remora.skipped  # the Trainer counts skipped steps
+        if made != state.global_step:
+            raise ValueError(
+                f"the adapters have made {made} steps and the Trainer {state.global_step}, so merges would come at the "
+                "wrong time; give the Trainer one ReMoRACallback, attach() to a new model for a new run, and resume "
+                "both from one folder: ReMoRACallback(remora, checkpoint=...)"
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Merges if it is due."""
         record = self.remora.after_step(parts["optimizer"])
+        self._check_step(state)
         if record is not None:
             log.info("step %d: merged %s", state.global_step, record.summary())
 

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters, all_names
 from relora_mora.adapters.scope import without_scopes
 from relora_mora.engine.merging import FrozenMasters
 from relora_mora.engine.protocol import Engine
-from relora_mora.engine.torch_state import rank_and_size
 
 
 class LoopMasters(FrozenMasters):
@@ -21,23 +20,15 @@ class LoopMasters(FrozenMasters):
     masters, on every rank.
     """
 
-    def __init__(self, names: Sequence[str], group: Any) -> None:
-        super().__init__(names, *rank_and_size(group))
-        self.group = group
-        self.kept: list[str] = []
-        self.engine: Engine
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the process group, and without the engine, which has the optimizer."""
-        return {key: value for key, value in vars(self).items() if key != "engine"} | {"group": None}
+    kept: Sequence[str] = ()
 
     def prepare(self, engine: Engine) -> None:
         """Called before a merge; a collective. Makes the masters that are missing, and compares the others.
 
         Raises ValueError if a weight is not its rounded master.
         """
-        self.engine = engine
-        needed = [name for name in self.owner if self._needs_master(name)]
+        dtypes = {name: engine.lm.get_parameter(name).dtype for name in self.owner}
+        needed = [name for name, dtype in dtypes.items() if dtype != torch.float32 or not engine.is_whole(name)]
         changed = torch.zeros(len(needed), dtype=torch.float64, device=engine.device)
         for index, name in enumerate(needed):
             weight = engine.read_weight(name)
@@ -55,11 +46,10 @@ class LoopMasters(FrozenMasters):
             )
         self.kept = needed
 
-    def _needs_master(self, name: str) -> bool:
-        return self.engine.lm.get_parameter(name).dtype != torch.float32 or not self.engine.is_whole(name)
-
-    def add(self, name: str, delta: Tensor) -> Tensor:
-        return super().add(name, delta) if name in self.kept else self.engine.read_weight(name).float() + delta
+    def add(self, name: str, delta: Tensor, engine: Engine) -> Tensor:
+        if name in self.kept:
+            return super().add(name, delta, engine)
+        return engine.read_weight(name).float() + delta
 
     def exact(self, name: str, engine: Engine) -> Tensor:
         """The float32 value of a weight, on every rank; a collective."""
@@ -68,8 +58,7 @@ class LoopMasters(FrozenMasters):
         value = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
         if name in self.weights:
             value.copy_(self.weights[name])
-        if self.world_size > 1:
-            distributed.broadcast(value, group=self.group, group_src=self.owner[name])
+        engine.broadcast(value, self.owner[name])
         return value
 
     def load(self, values: Mapping[str, Tensor]) -> None:

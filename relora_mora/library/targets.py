@@ -106,20 +106,10 @@ def _fault(module: nn.Module, uses: Counter[int]) -> str | None:
         return "its hooks, or a forward of its own, would be lost; remove them first"
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device; load the weights first"
-    if weight is None or not _only_multiplies(module):
+    if weight is None or not multiplies(module):
         return "it does not compute as a plain nn.Linear does, as if it were quantized; load the model without"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are supported"
     if uses[id(weight)] > 1:
         return "its weight is shared with another module, and a merge would change both; leave it out of targets"
     return None
-
-
-def _only_multiplies(module: nn.Linear) -> bool:
-    """Whether an instance of a subclass computes ``x W^T + b`` and has nothing else."""
-    if type(module) is nn.Linear:
-        return True
-    if module._parameters.keys() != {"weight", "bias"} or module._buffers or module._modules:
-        return False
-    shape = (module.out_features, module.in_features)
-    return module.weight.is_floating_point() and module.weight.shape == shape and multiplies(module)

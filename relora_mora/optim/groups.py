@@ -45,7 +45,6 @@ class ParameterGroup:
     peak_lr: float
     weight_decay: float
     rewarms: bool
-    moments: tuple[str, ...]
 
 
 # Replaces every matrix in the gradients (by flat tensor) with its update; a collective. The second argument gets stacks
@@ -138,7 +137,6 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, *, keeps_rows: bool =
             peak_lr=optim.lr if group == main else other,
             weight_decay=0.0 if group == "norms" or (keeps_rows and group == "embeddings") else optim.weight_decay,
             rewarms=optim.rewarm == "all" or group == "adapters",
-            moments=optim.of_group(group).moments,
         )
         for group, names in members.items()
         if names
@@ -211,7 +209,7 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim
             "params": [parameters[name] for name in group.parameters],
             "weight_decay": group.weight_decay,
             "name": group.name,
-            "moments": group.moments,
+            "moments": optim.of_group(group.name).moments,
         }
         for group in groups
     ]

@@ -55,18 +55,16 @@ class AdamW8bit(MatrixRule):
         columns = gradient.shape[-1]
         block = _block(columns)
         rows = max(1, (AT_ONCE_ON_GPU if gradient.is_cuda else AT_ONCE) // columns)
-        numbers = self._numbers(state[COUNT].add_(1).double())
+        step = state[COUNT].add_(1).double()
+        first, second = self.betas
+        correction = 1 - first**step
+        # the factor of the root, what is added to it, and the offset of rounding: tensors, which nobody waits for
+        numbers = correction / torch.sqrt(1 - second**step), correction * self.eps, step * GOLDEN % 1
         kept = (state[key] for key in self.state_shapes(1, columns) if key != COUNT)
         blocks = (each.unflatten(1, (columns // block, -1)).split(rows) for each in (gradient, *kept))
         for part, codes, scales, root_codes, root_scales in zip(*blocks, strict=True):
             self._step(part, codes, scales, root_codes, root_scales, *numbers)
         return gradient
-
-    def _numbers(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The factor of the root, what is added to it, and the offset of rounding; they stay on the device."""
-        first, second = self.betas
-        correction = 1 - first**step
-        return correction / torch.sqrt(1 - second**step), correction * self.eps, step * GOLDEN % 1
 
     def _step(
         self,

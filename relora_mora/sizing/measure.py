@@ -189,16 +189,15 @@ def measure(model: PreTrainedModel, setup: Setup) -> Pass:
     With several operators: those that keep most, and the average of their FLOPs.
     """
     method = setup.config.method
-    layers = [layer for _, layer in adapter_layers(model)]
     if not method.uses_squares:
         return _extrapolate(model, setup)
     codes = [OPERATORS[operator].code for operator in method.cycle]
     passes: dict[str, Pass] = {}
     for operator, code in zip(method.cycle, codes, strict=True):
         if code not in passes:
-            set_operators(layers, operator)
+            set_operators(model, operator)
             passes[code] = _extrapolate(model, setup)
-    set_operators(layers, method.cycle[0])
+    set_operators(model, method.cycle[0])
     flops, recomputed = (fmean(getattr(passes[code], name) for code in codes) for name in ("flops", "recomputed"))
     return replace(max(passes.values(), key=lambda each: each.kept), flops=flops, recomputed=recomputed)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
-from relora_mora.adapters.stored import EightBits, check_device, with_products
+from relora_mora.adapters.stored import EightBits, with_products
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
@@ -38,7 +38,7 @@ def _layer(kind: str, form: str, stored: EightBits | None, *, operator: int = 1)
 
 
 def _eight(kind: str, *, multiplies: bool = True, on_gpu: bool = False) -> EightBits:
-    return EightBits.of(kind, OUT, IN, multiplies=multiplies, on_gpu=on_gpu)
+    return EightBits(kind, OUT, IN, multiplies=multiplies, on_gpu=on_gpu)
 
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,13 +114,13 @@ def test_forms_agree_for_every_operator(operator, multiplies):
 @each("base", LARGEST)
 def test_a_stored_weight_takes_one_byte_and_survives_padding(base):
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2))
-    odd = EightBits.of(base, OUT - 3, IN - 1, multiplies=True, on_gpu=True)
+    odd = EightBits(base, OUT - 3, IN - 1, multiplies=True, on_gpu=True)
     padded = odd.encode(weight[:-3, :-1])
     values, _ = odd.parts(padded)
     assert values.shape == (OUT, IN)
     assert not values[-3:].float().any()
     assert not values[:, -1:].float().any()
-    plain = EightBits.of(base, OUT - 3, IN - 1, multiplies=True, on_gpu=False)
+    plain = EightBits(base, OUT - 3, IN - 1, multiplies=True, on_gpu=False)
     stored = plain.encode(weight[:-3, :-1])
     assert torch.equal(plain.dense(stored, torch.float32), odd.dense(padded, torch.float32))
     assert stored.nbytes == plain.empty(weight).nbytes <= (OUT - 3) * (IN - 1) + 4 * (OUT - 3) + 15
@@ -166,6 +166,5 @@ def test_auto_multiplies_in_8_bits_if_that_is_faster_and_a_gpu_that_cannot_is_re
     assert reason
     for given in (True, False):
         explicit = method.model_copy(update={"base_products": given})
-        assert with_products(explicit, bf16=bf16, capability=capability, vnni=vnni) == (explicit, None)
         with pytest.raises(ConfigError, match=r"method\.base") if refused and given else nullcontext():
-            check_device(explicit, bf16=bf16, capability=capability)
+            assert with_products(explicit, bf16=bf16, capability=capability, vnni=vnni) == (explicit, None)

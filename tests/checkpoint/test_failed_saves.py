@@ -97,7 +97,6 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
 
     rig = build_rig(tiny_config(2))
     rank = rig.engine.rank
-    lines: list[str] = []
     whole = CheckpointWriter._write
     writer = CheckpointWriter(
         folder,
@@ -106,9 +105,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         tokenizer=folder.with_name("tokenizer"),
         keep_last=5,
         keep_every_steps=0,
-        merge_states=lambda _: {},
         sync_beside=lambda: None,
-        report=lines.append,
     )
 
     def write(self: Any, work: Path, *args: Any) -> Any:
@@ -116,7 +113,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         elsewhere = what == "elsewhere" and rank == 1 and step == 2
         return whole(self, folder.with_name("of-another-host") / work.name if elsewhere else work, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with log_lines("ERROR") as lines, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "APPEAR_SECONDS", 0.5)
         patch.setattr(CheckpointWriter, "_write", write)
         for step in (1, 2, 3):

@@ -62,11 +62,11 @@ def test_the_store_keeps_what_the_disk_keeps_and_each_file_once(tmp_path: Path) 
 
 
 def test_faults_are_reported_and_repeated_and_nothing_incomplete_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each request fails once: it is refused, or a file arrives cut short."""
-    run, said = tmp_path / "run", list[str]()
-    trainer = opened(run, said)
+    run = tmp_path / "run"
+    trainer = opened(run)
     trainer.claim()
     seen, there = set[str](), list[int]()
     cut = tmp_path / "cut"
@@ -92,7 +92,7 @@ def test_faults_are_reported_and_repeated_and_nothing_incomplete_counts(
     monkeypatch.undo()
     trainer.close()
     assert set(there) == {3}  # all files came before the manifest
-    assert any("training goes on" in line for line in said)
+    assert any("training goes on" in line for line in caplog.messages)
     shutil.rmtree(run)
     again = opened(run)
     again.claim()
@@ -178,16 +178,23 @@ def test_a_trainer_that_was_killed_is_waited_for_once(tmp_path: Path) -> None:
     assert time.monotonic() - begin >= 0.3
 
 
-def test_a_trainer_that_lost_the_mirror_sends_nothing_more(tmp_path: Path) -> None:
-    said: list[str] = []
-    first = opened(tmp_path / "a", said)
+@pytest.mark.parametrize("sees_it", ["the beat", "the last save"])
+def test_a_trainer_that_lost_the_mirror_sends_nothing_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sees_it: str
+) -> None:
+    first = opened(tmp_path / "a")
     first.claim()
     STORE.pipe_file("/bucket/run/owner.json", json.dumps({"token": "another", "host": "h"}).encode())
     checkpoint(tmp_path / "a", 5)
-    first.start()
-    first.close()
+    if sees_it == "the beat":
+        first._pulse.start()
+        first._pulse.join(60)
+    else:
+        first._closing.set()
+        first.start()
+        first.close()
     assert names("manifests") == []
-    assert "another trainer has taken it" in said[0]
+    assert "another trainer has taken it" in caplog.messages[0]
     assert json.loads(STORE.cat_file("/bucket/run/owner.json"))["token"] == "another"
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from relora_mora.checkpoint.layout import file_entry, list_checkpoints
-from relora_mora.checkpoint.reader import first_whole
+from relora_mora.checkpoint.layout import file_entry
 from relora_mora.system.files import write_synced
 from tests.tools.checkpoints import made_manifest, rewrite_manifest
 
@@ -65,14 +64,6 @@ def made_checkpoint(folder: Path, step: int) -> Path:
     return folder
 
 
-def passed_over(folder: Path) -> str:
-    """The reason why the newest of three checkpoints was passed over for the second, without its path."""
-    found, [problem] = first_whole(list_checkpoints(folder))
-    assert found == folder / "step-00000010"
-    assert problem.startswith(f"{folder}/step-00000015")
-    return problem.removeprefix(f"{folder}/step-00000015").lstrip("/: ")
-
-
 def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Writes a manifest with other values and the right checksums of all files."""
 
@@ -82,3 +73,11 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
             values["files"][name] |= dataclasses.asdict(file_entry(checkpoint / name))
 
     rewrite_manifest(checkpoint, changed)
+
+
+def change_state(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Changes the tensors of a rank, with the right checksum."""
+    tensors = load_file(checkpoint / STATE)
+    change(tensors)
+    save_file(tensors, checkpoint / STATE)
+    rewrite(checkpoint, lambda values: None)

@@ -35,7 +35,7 @@ def put_together(seed: int, together: int) -> tuple[list[Tensor], list[int]]:
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(seed)
-    fragments: dict[int, list[Fragment]] = {other: [] for other in range(world_size)}
+    fragments: list[Fragment] = []
     gradients = {}
     for names in FLATS:
         values = torch.cat([_values(name).view(-1) for name in names])
@@ -49,7 +49,7 @@ def put_together(seed: int, together: int) -> tuple[list[Tensor], list[int]]:
             for other, (begin, end) in enumerate(spans):
                 left, right = max(begin, offset), min(end, offset + _values(name).numel())
                 if left < right:
-                    fragments[other].append(Fragment(name, left - offset, right - left, flat, left - begin))
+                    fragments.append(Fragment(other, name, left - offset, right - left, flat, left - begin))
             offset += _values(name).numel()
     counts: list[int] = []
 

@@ -14,8 +14,7 @@ def poisoned(world_size: int, stage: int, bf16: bool, matrices: str) -> dict[str
 
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, optim={"matrices": matrices}), bf16=bf16)
     rig.step(1)
-    names = [name for group in rig.engine.members for name in group]
-    places = [(name, key) for name in names for key in (None, *rig.engine.moments_of(name))]
+    places = [(name, key) for name, moments in rig.engine.moments.items() for key in (None, *moments)]
 
     def state() -> tuple[list[torch.Tensor], dict[str, int]]:
         return [*(rig.gather(*place) for place in places), rig.logits()], rig.engine.group_steps()

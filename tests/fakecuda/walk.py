@@ -121,7 +121,7 @@ def test_a_step_and_a_merge_combine_tensors_of_the_device_and_the_host(
         record = rig.merge(1)
         waits = watch.syncs[before:]
         launches = list(watch.launches)
-        on_host = [rig.logits(), *map(rig.gather, engine.members[0]), *whole_weights(engine, names).values()]
+        on_host = [rig.logits(), *map(rig.gather, engine.groups["adapters"]), *whole_weights(engine, names).values()]
     assert record.layers == 14
     assert {tensor.device.type for tensor in [*base.weights.values(), *on_host]} == {"cpu"}
     assert {parameter.device.type for parameter in engine.parameters.values()} == {"cuda"}

@@ -1,7 +1,5 @@
 """Derivatives, traces and copies of a model with adapters agree with those of its merged copy, or are refused."""
 
-import copy
-import io
 from collections.abc import Callable
 
 import pytest
@@ -61,18 +59,3 @@ def test_the_merged_form_refuses_what_it_does_not_have(operator: int) -> None:
 def test_a_trace_computes_what_the_model_computes(form: str) -> None:
     model, plain = model_of(1, form)
     torch.testing.assert_close(torch.jit.trace(model, X)(V), plain(V), rtol=1e-4, atol=1e-4)
-
-
-@each("form", ["merged", "decoupled"])
-def test_a_model_can_be_copied_and_saved_after_a_training_forward(form: str) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = {"hidden_size": 8, "ffn_dim": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = OPTForCausalLM(OPTConfig(**sizes, vocab_size=16, word_embed_proj_dim=8, max_position_embeddings=8))
-    rm.attach(model.eval(), rm.ReMoRA(2, form=form))
-    ids = torch.arange(6)[None]
-    model(ids, labels=ids).loss.backward()
-    averaged = torch.optim.swa_utils.AveragedModel(model)
-    for other in (copy.deepcopy(model), averaged.module):
-        assert torch.equal(other(ids).logits, model(ids).logits)
-    torch.save(model, io.BytesIO())

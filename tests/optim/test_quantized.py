@@ -48,7 +48,7 @@ def _reference(
     return update, exact, scales
 
 
-@each("shape,block", [((7, 24), 24), ((5, 600), 200), ((3, 37), 37), ((4, 512), 256), ((1, 16), 16)])
+@each("shape,block", [((7, 24), 24), ((5, 600), 200), ((3, 37), 37), ((4, 512), 256), ((2, 5461), 127)])
 def test_a_step_follows_the_formulas(shape, block):
     rule = _rule()
     state = _state(rule, shape)
@@ -67,11 +67,6 @@ def test_a_step_follows_the_formulas(shape, block):
             is_at_border = (shifted - shifted.round()).abs() < 1e-3  # float32 may fall on the other side
             assert torch.equal(codes[~is_at_border], expected[~is_at_border])
             assert (codes - expected).abs().max() <= 1
-
-
-@each("columns,block", [(768, 256), (640, 160), (4096, 256), (24, 24), (443, 443), (5461, 127)])
-def test_blocks_divide_a_row(columns, block):
-    assert _rule().state_shapes(9, columns)["exp_avg_scales"] == (9, columns // block)
 
 
 @pytest.mark.more

@@ -25,8 +25,8 @@ def checkpoint(run: Path, step: int, base: str = "base") -> Path:
     return folder
 
 
-def opened(run: Path, said: list[str] | None = None, url: str = URL) -> Mirror:
-    return Mirror(url, RunFolder(run), (said if said is not None else []).append)
+def opened(run: Path, url: str = URL) -> Mirror:
+    return Mirror(url, RunFolder(run))
 
 
 def sent(run: Path, *steps: int, url: str = URL) -> None:

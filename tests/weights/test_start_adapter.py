@@ -58,7 +58,7 @@ def config_of(
 def masters(config: Config) -> dict[str, torch.Tensor]:
     """Runs on every rank: the float32 values that a run begins with."""
     run = built(config)
-    return {name: run.engine.gather(name) for names in run.engine.members for name in names}
+    return {name: run.engine.gather(name) for name in run.engine.moments}
 
 
 @pytest.mark.parametrize(

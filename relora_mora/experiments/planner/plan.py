@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from relora_mora.adapters.inject import decoder_layers
-from relora_mora.adapters.stored import check_device, with_products
+from relora_mora.adapters.stored import with_products
 from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.registry import is_own, split_rule
 from relora_mora.config.schema import Config
@@ -131,7 +131,6 @@ def _on_device(config: Config, cluster: Cluster) -> tuple[Config, bool, float, s
         bf16 = fast_bf16() if is_here else not on_cpu
     capability = None if on_cpu else torch.cuda.get_device_capability() if is_here else device.capability
     method, _ = with_products(config.method, bf16=bf16, capability=capability, vnni=torch.cpu._is_vnni_supported())
-    check_device(method, bf16=bf16, capability=capability)
     config = config.model_copy(update={"method": method})
     if config.log.peak_tflops is not None:
         return config, bf16, config.log.peak_tflops * 1e12, "log.peak_tflops"

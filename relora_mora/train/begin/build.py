@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
+from relora_mora.adapters.mora import operator_in_use, set_operators
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import document_boundaries
@@ -227,14 +228,14 @@ def warm_up(run: Run, step: int, guard: Guard) -> None:
     batches = {(True, train_size, masks([source])) for source in config.data.train}
     batches |= {(False, eval_size, masks(sources)) for sources in config.data.validation.values()}
     module = run.engine.module
-    merger = run.merger
-    before = merger.operator()
+    lm = run.engine.lm
+    before = operator_in_use(lm)
     left = run.schedule.operators_left(step)
     allow_programs(len(batches) * len(left))
     if len(left) > 1:
         log.info("compiling the decoder layers for %d operators", len(left))
     for operator in left:
-        merger.set_operator(operator)
+        set_operators(lm, operator)
         for training, size, masked in sorted(batches, reverse=True):
             guard.begin("compiling the decoder layers", within=LONG_SECONDS)
             ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
@@ -245,4 +246,4 @@ def warm_up(run: Run, step: int, guard: Guard) -> None:
                 loss = module(ids, ids, boundaries, float(ids.numel()))
             if training:  # autograd.grad discards the gradients without triggering ZeRO's hooks
                 torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
-    merger.set_operator(before)
+    set_operators(lm, before)

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from relora_mora.adapters.stored import check_device, with_products
+from relora_mora.adapters.stored import with_products
 from relora_mora.checkpoint.layout import list_checkpoints
 from relora_mora.checkpoint.mirror import open_store
 from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import Config, EvalConfig
+from relora_mora.config.schema import Config, EvalConfig, MethodConfig
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.evaluation.harness import TaskSettings, check_tasks
 from relora_mora.model.compiling import compiles_here
@@ -88,16 +88,13 @@ def setup_here(config: Config, world_size: int) -> tuple[Setup, str | None]:
     """How this machine trains a run, and why it chose ``method.base_products`` (None: it did not choose)."""
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
     setup = Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=uses_cuda())
-    if not config.method.uses_adapters:
-        return setup, None
-    vnni = torch.cpu._is_vnni_supported()
-    method, reason = with_products(config.method, bf16=bf16, capability=_capability(), vnni=vnni)
+    method, reason = _with_products(setup)
     return replace(setup, config=config.model_copy(update={"method": method})), reason
 
 
 def check_machine(model_config: PreTrainedConfig, setup: Setup) -> None:
     """Raises :class:`ConfigError` if this rank's device cannot compute as set, or has too little memory."""
-    check_device(setup.config.method, bf16=setup.bf16, capability=_capability())
+    _with_products(setup)
     check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
 
 
@@ -110,5 +107,8 @@ def host_memory_of_rank() -> float:
     return host_memory_bytes() / processes_on_host()
 
 
-def _capability() -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability() if uses_cuda() else None
+def _with_products(setup: Setup) -> tuple[MethodConfig, str | None]:
+    """See :func:`with_products`, on this rank's device."""
+    capability = torch.cuda.get_device_capability() if uses_cuda() else None
+    vnni = torch.cpu._is_vnni_supported()
+    return with_products(setup.config.method, bf16=setup.bf16, capability=capability, vnni=vnni)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from relora_mora.adapters.mora import operator_in_use
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.writer import CheckpointWriter
@@ -186,11 +187,11 @@ def _manifest(run: Run, state: RunState) -> Manifest:
     return Manifest(
         step=state.step,
         merges_done=run.merger.merges_done,
-        operator=run.merger.operator(),
+        operator=operator_in_use(engine.lm),
         world_size=engine.world_size,
         zero_stage=engine.stage,
         group_steps=engine.group_steps(),
-        parameters={name: list(engine.shapes[name]) for names in engine.members for name in names},
+        parameters={name: list(engine.shapes[name]) for name in engine.moments},
         frozen={name: list(engine.shapes[name]) for name in run.base.owner},
         data_state={},
         counters=state.dump(engine.world_size),

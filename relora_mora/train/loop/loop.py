@@ -15,7 +15,6 @@ from torch import Tensor
 
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.writer import CheckpointWriter
-from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
@@ -70,9 +69,7 @@ class Trainer:
             tokenizer=folder.tokenizer,
             keep_last=config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
-            merge_states=merge_states,
             sync_beside=self.metrics.sync,
-            report=log.error,
         )
         if mirror is not None:
             mirror.start()

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from relora_mora.adapters.mora import set_operators
 from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.layout import CheckpointError, Manifest, list_checkpoints
 from relora_mora.checkpoint.reader import (
@@ -168,7 +169,7 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     ):
         state.best = None
     reader.restore(run.engine, run.base)
-    run.merger.set_operator(manifest.operator)
+    set_operators(run.engine.lm, manifest.operator)
     run.merger.merges_done = manifest.merges_done
     if run.engine.rank == 0:
         _abandon_other_history(run.inputs.folder, manifest.step, own=own)

@@ -40,7 +40,7 @@ def started(config) -> dict[str, Any]:
         patch.setattr(build, "start_values", lambda *given: kept(values(*given)))
         run = built(config)
     engine = run.engine
-    masters = {name: engine.gather(name) for names in engine.members for name in names}
+    masters = {name: engine.gather(name) for name in engine.moments}
     return {
         "drawn": drawn,
         "read": read,
