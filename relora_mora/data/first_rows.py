@@ -13,12 +13,13 @@ from relora_mora.config.schema import Config
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import Cursor, Part, lane_parts
-from relora_mora.data.read import open_rows, rows_in_order, scored_mask
+from relora_mora.data.read import open_rows, rows_in_order
 from relora_mora.data.records.encoders import packing_of
-from relora_mora.data.rows import FEWEST_ROWS, Ids, JudgedRows, RecordsFound, Scored
+from relora_mora.data.rows import FEWEST_ROWS, Ids, RecordsFound, Scored
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.lane import Lane
+from relora_mora.data.stream.packing import scored_mask
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -44,7 +45,6 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     }
     for shard in samples.values():
         with closing(open_rows(config, shard, note=_ignore)) as rows:
-            assert isinstance(rows, JudgedRows), "tokens are left out above"
             first = rows.take(_FIRST_ROWS)
             if len(first) < _FIRST_ROWS:
                 rows.take(1)  # reaches the end, where the file is checked as a whole
@@ -61,13 +61,13 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTr
     for _, of_source in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
         group = [shard for shard in of_source if shard.tokens is None]
         packing = packing_of(config, group)
-        if not group or (packing == "stream" and not group[0].holds_records):
+        if not group or (packing == "stream" and group[0].records.is_text):
             continue
         found = RecordsFound(config, _ignore)
         checked = group[:1] if group[0].is_remote else group
         for _ in rows_in_order(checked, config, tokenizer, packing, found, limit=_first):
             pass
-        if not found.seen and checked is group:
+        if not (found.usable or found.left_out) and checked is group:
             raise SourceError(f"{group[0].label}: holds no record; give a file with at least one")
 
 
@@ -97,7 +97,7 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
 
 def _read_first(shards: Sequence[Shard], config: DataConfig, lane: int, parts: Sequence[Part]) -> None:
     one_row = config.model_copy(update={"shuffle_documents": 1})
-    with closing(Lane(lane, parts, shards, one_row, list, eos=0).rows(Cursor())) as first:
+    with closing(Lane(lane, parts, shards, one_row, lambda shard: list, eos=0).rows(Cursor())) as first:
         next(first)
 
 

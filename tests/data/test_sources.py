@@ -115,7 +115,6 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("https://[x/a.json", "not a valid url"),
         (__file__, "is not a format that is read: .json, "),
         (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
-        ([], "no source"),
         ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision"),
         ([TextSource(source="hub:a/b/c.json", split="validation")], "only a set by name (OWNER/NAME or a folder)"),
     ],

@@ -182,7 +182,7 @@ def template_name(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFor
 def template_in_use(shards: Iterable[Shard], tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The template of the first shard of conversations, or None if there is none. Raises SourceError."""
     for shard in shards:
-        if shard.records is not None and shard.records.settings.is_conversation:
+        if shard.records.settings.is_conversation:
             return chat_template(tokenizer, shard.records)
     return None
 

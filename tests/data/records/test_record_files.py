@@ -13,7 +13,7 @@ from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.records.encoders import encoder_of
 from relora_mora.data.sources import configured_shards
 from relora_mora.tokenizer.load import load_tokenizer
-from tests.data.record_tools import CONVERSATION, encoded
+from tests.data.record_tools import CONVERSATION, encoded, whole
 from tests.tools.data_tools import data_config, eval_set, resolve_shards, write_json_lines
 from tests.tools.each import each
 
@@ -48,14 +48,14 @@ def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
     held = RecordsConfig(kind="messages", template="chatml")
     config = data_config(path, records=held)
     [shard] = resolve_shards(str(path), records=held)
-    encode = encoder_of(tokenizer, [shard.records], "whole", 1000)
+    encode = encoder_of(tokenizer, shard.records)
     expected = [encoded(tokenizer, {"messages": row["messages"]}, kind="messages", template="chatml") for row in ROWS]
     rows = []
     for lane in range(2):
         opened = open_rows(config, shard, stride=2, phase=lane)
         taken = opened.take(9)
         opened.close()
-        rows += list(encode(taken))
+        rows += [whole(tokenizer, shard.records, row) for row in encode(taken)]
     found = sorted((row.ids.tolist(), row.scored.tolist()) for row in rows)
     assert found == sorted((row.ids.tolist(), row.scored.tolist()) for row in expected)
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))

@@ -143,7 +143,7 @@ def test_a_record_that_the_template_refuses_is_reported(tokenizer, tmp_path):
         "{% generation %}x{% endgeneration %}"
     )
     held = RecordFormat.of(RecordsConfig(kind="messages", template=str(path)))
-    records = [Record({"messages": CONVERSATION[first:]}, f"row {first}", held) for first in range(2)]
+    records = [Record({"messages": CONVERSATION[first:]}, f"row {first}") for first in range(2)]
     refused, good = record_encoder(tokenizer, held)(records)
     assert refused == Skipped("template_failed")
     assert "row 0, is refused" in refused.detail

@@ -12,8 +12,7 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.content import fingerprints
 from relora_mora.data.read import count_epochs, rows_in_order
 from relora_mora.data.sources import configured_shards
-from relora_mora.data.stream.packing import UNSCORED, Batch
-from relora_mora.data.stream.whole import WholeRows
+from relora_mora.data.stream.packing import UNSCORED, Batch, WholeRows
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.stream_tools import BATCH, LANES, shards_with_tokens, stream_of
 from tests.tools.data_tools import data_config, write_json_lines
