@@ -154,10 +154,8 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
         of(config.model_copy(update={"workers": 3, "prefetch_batches": 9})),
     ]
     assert len(set(same)) == 1
-    changed = [
-        config.model_copy(update={key: value})
-        for key, value in {"seed": 1, "sequence_length": 33, "shuffle_documents": 9, "text_column": "content"}.items()
-    ]
+    changes = {"seed": 1, "sequence_length": 33, "shuffle_documents": 9, "text_column": "content", "concatenate": True}
+    changed = [config.model_copy(update={key: value}) for key, value in changes.items()]
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
     assert len({same[0], *others}) == 1 + len(others)

@@ -32,7 +32,7 @@ from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, RecordsFound
 from relora_mora.data.shard import TEXT, RecordFormat, Shard
 from relora_mora.data.sources import token_shards
 from relora_mora.data.stream.packing import WholeRows
-from relora_mora.data.stream.producer import mixture_names, shards_of_source
+from relora_mora.data.stream.producer import mixture_names
 from relora_mora.data.tokens import index
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import disk_faults_named, sync, write_synced
@@ -79,36 +79,33 @@ def make_tokens(
     return index.FileStats(**counts, digest="")
 
 
-def tokens_of_whole_rows(
-    shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, cache: Path
-) -> dict[int, Shard]:
-    """The files of tokens that replace text and records which are packed whole, by the number of their shard.
+def tokens_of_whole_rows(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, cache: Path) -> list[Shard]:
+    """The shards, with files of tokens in place of text and records which are packed whole.
 
     Makes those that are missing in the folder ``cache``, in this process, and removes all other tokens from it. Logs
     how many rows can be used. Raises as :func:`make_tokens`, and SourceError if no row of a source can be used.
     """
-    replaced: dict[int, Shard] = {}
+    found = list(shards)
     folders: set[Path] = set()
     for name in mixture_names(config):
-        own = [number for number, shard in enumerate(shards) if shards_of_source([shard], config, name)]
+        own = [number for number, shard in enumerate(shards) if not config.is_mixture or shard.source == name]
         if packing_of(config, [shards[number] for number in own]) == "stream":
             continue
-        numbers = [number for number in own if shards[number].tokens is None]
-        for _, same_format in groupby(numbers, lambda number: (shards[number].source, shards[number].records)):
-            group = list(same_format)
-            first = shards[group[0]]
-            text, planned = _plan([shards[number] for number in group], config, tokenizer_path)
+        texts = [number for number in own if shards[number].tokens is None]
+        for (source, records), group in groupby(texts, lambda number: (shards[number].source, shards[number].records)):
+            numbers = list(group)
+            text, planned = _plan([shards[number] for number in numbers], config, tokenizer_path)
             key = f"{planned.model_dump_json()} {[shard.version for shard in text]}"  # also when files were written
             folder = cache / xxhash.xxh3_128_hexdigest(key.encode())
             _make(text, planned, folder, config, tokenizer_path, processes=1)
             folders.add(folder)
-            for number, shard in zip(group, token_shards(folder), strict=True):
-                replaced[number] = replace(shard, source=first.source, records=first.records)
-        with closing(WholeRows([replaced.get(number, shards[number]) for number in own], config)) as rows:
+            for number, shard in zip(numbers, token_shards(folder), strict=True):
+                found[number] = replace(shard, source=source, records=records)
+        with closing(WholeRows([found[number] for number in own], config)) as rows:
             log.info("%s%s", name and f"{name}: ", rows)
     for folder in set(cache.glob("*")) - folders:
         shutil.rmtree(folder, ignore_errors=True)
-    return replaced
+    return found
 
 
 def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> tuple[list[Shard], index.Index]:
