@@ -1,7 +1,7 @@
 """The interface between packing and the rows that are packed, and the limit on rows that cannot be used.
 
 A lane knows neither the format of its shards nor the meaning of their rows. ``read.open_rows`` opens the rows of a
-shard, and ``read.encoders`` has the function that tokenizes them and marks the scored tokens (``Encode``).
+shard, and ``encoders.encoder_of`` gives the function that tokenizes them and marks the scored tokens (``Encode``).
 """
 
 import io

@@ -1,8 +1,7 @@
 """Encodes rows (plain text, records, tokens) for a stream, or as whole rows with begin and end tokens."""
 
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -89,13 +88,14 @@ def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
             "give a tokenizer with a tokenizer.json, or a sentencepiece model"
         )
     settings = record_format.settings
-    template = passages.chat_template(tokenizer, record_format) if settings.is_conversation else ""
+    template = passages.ChatTemplate.of(tokenizer, record_format) if settings.is_conversation else None
 
     def passage_of(record: Record) -> passages.Passage | Skipped:
         try:
-            if settings.is_conversation:
-                return _rendered(tokenizer, record_format, template, record.fields)
-            return passages.passage_of(settings.kind, record.fields)
+            if template is None:
+                return passages.passage_of(settings.kind, record.fields)
+            conversation = passages.conversation_of(settings.kind, record.fields)
+            return template.passage_of(conversation, scores_all=settings.score == "all")
         except passages.Unusable as fault:
             return Skipped(fault.reason, record.describe(str(fault)))
 
@@ -130,44 +130,12 @@ def _row(passage: passages.Passage, encoding: Any, score: Score) -> Encoded | No
     return Encoded(encoding.ids, scored) if scored.any() else None
 
 
-def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat, template: str, fields: Mapping[str, Any]
-) -> passages.Passage:
-    """The conversation of a record with the answers to score, if its template marks them. Raises Unusable."""
-    from jinja2 import TemplateSyntaxError
-
-    scores_all = record_format.settings.score == "all"
-    label = passages.template_name(tokenizer, record_format)
-    conversation = passages.conversation_of(record_format.settings.kind, fields)
-    try:
-        passage = passages.render(tokenizer, template, conversation, marked=not scores_all)
-    except TemplateSyntaxError as error:
-        raise SourceError(
-            f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
-            "data.records.template to another one"
-        ) from error
-    except Exception as error:  # a template may raise anything
-        reason = " ".join(str(error).split())
-        raise passages.Unusable("template_failed", f"is refused by {label} ({reason:.200})") from error
-    if not passage.answers and any(message["role"] == "assistant" for message in conversation.messages):
-        raise passages.Unusable("no_answer", f"has an answer that {label} does not mark")
-    if passages.leaves_out_tools(tokenizer, template, conversation, passage.text):
-        raise passages.Unusable("template_failed", f"has tools, which {label} does not write")
-    learned = conversation.learned()
-    if scores_all or all(learned):
-        return passage
-    if len(passage.answers) != len(learned):
-        fault = f"has a weight, and {label} marks {len(passage.answers)} of its {len(learned)} answers"
-        raise passages.Unusable("template_failed", fault)
-    return passage._replace(answers=list(itertools.compress(passage.answers, learned)))
-
-
 def how_written(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> list[Any]:
     """What decides the tokens of records besides how the tokenizer encodes plain text, as values that JSON can hold."""
     if record_format.is_text:
         return []
     if record_format.settings.is_conversation:
-        return [passages.chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
+        return [passages.ChatTemplate.of(tokenizer, record_format).text, tokenizer.special_tokens_map]
     return [own_prefix(tokenizer)]
 
 

@@ -11,7 +11,7 @@ import itertools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -238,25 +238,28 @@ class WholeRows:
         return "; ".join(f"{reason}: {self.left_out[reason]:,}" for reason in SKIP_REASONS if self.left_out[reason])
 
 
+@dataclass
 class WholeLane:
     """As ``lane.Lane``, for whole rows: one of ``lanes`` lanes. ``restored`` is an earlier state of this lane.
 
     The first lane's counts include the rows of the source that are left out.
     """
 
-    def __init__(self, rows: WholeRows, lane: int, lanes: int, restored: Mapping[str, Any] | None = None) -> None:
-        self.notes: list[str] = []
-        self._rows = rows
-        self._lane = lane
-        self._lanes = lanes
+    rows: WholeRows
+    lane: int
+    lanes: int
+    restored: InitVar[Mapping[str, Any] | None] = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self, restored: Mapping[str, Any] | None) -> None:
         self._cursor = read_state(restored)[0] if restored else Cursor()
 
     def next_block(self) -> Block:
-        whole = self._rows
+        whole = self.rows
         cursor = self._cursor
-        rows = whole.rows_of(*whole.place(cursor.epoch, cursor.block + self._lane))
-        epoch, block = whole.place(cursor.epoch, cursor.block + self._lanes)
-        left_out = dict(whole.left_out) if self._lane == 0 else {}
+        rows = whole.rows_of(*whole.place(cursor.epoch, cursor.block + self.lane))
+        epoch, block = whole.place(cursor.epoch, cursor.block + self.lanes)
+        left_out = dict(whole.left_out) if self.lane == 0 else {}
         documents = cursor.documents + len(rows)
         self._cursor = Cursor(epoch=epoch, block=block, documents=documents, skipped=left_out)
         return block_of(rows, eos=whole.eos, sequence_length=whole.config.sequence_length, fills=whole.fills)
@@ -265,4 +268,4 @@ class WholeLane:
         return self._cursor.state(0)
 
     def close(self) -> None:
-        self._rows.close()
+        self.rows.close()
