@@ -1,9 +1,13 @@
-"""Files that pyarrow reads, Parquet and Arrow: only the columns that are used, from any row on.
+"""Files that pyarrow reads, Parquet, Arrow and tokens: only the columns that are used, from any row on.
 
 Lanes that share a file split its rows into equal ranges. The rows of a file are in groups. Parquet's footer locates its
 row groups, so a position is found without reading those before it. Arrow's record batches are mapped into memory, so of
 a batch that is not compressed only the columns that are used are read. When an Arrow file is opened, all batches are
 passed once to count their rows, for which compressed ones are decompressed; those of a compressed stream stay so.
+
+A file of tokens is an Arrow file with a row for each row of the text: ``tokens`` (16 or 32 bits each, without EOS),
+``utf8_bytes`` of its text, ``skipped``, the reason why there are no tokens, or null, and for records ``scored``, a byte
+for each token. Lanes share it as they would share the text's file.
 """
 
 import io
@@ -11,11 +15,15 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-from relora_mora.data.errors import Skipped, SourceError, too_long
-from relora_mora.data.rows import Content, JudgedRows, share_of
+import numpy as np
+import numpy.typing as npt
+
+from relora_mora.data.errors import Skipped, SourceError, too_long, unreadable
+from relora_mora.data.rows import Content, Encoded, JudgedRows, TokenIds, share_of
 from relora_mora.data.shard import ARROW, PARQUET, Shard
+from relora_mora.data.tokens.index import COMMAND
 from relora_mora.system.files import LOST_DISK
 
 READ_BYTES = 1 << 20  # stored bytes of a column chunk per read
@@ -34,31 +42,19 @@ class RangeRows(JudgedRows):
     Raises SourceError if the file is damaged or lacks the columns, OSError if its disk is gone (``LOST_DISK``).
     """
 
-    def __init__(self, *given: Any, **share: Any) -> None:
-        super().__init__(*given, **share)
-        open_groups = _open_parquet if self._shard.format is PARQUET else _open_arrow
+    def open(self) -> None:
+        open_groups = _open_parquet if self.shard.format is PARQUET else _open_arrow
         with self._naming_damage("its footer or schema"):
-            sizes, self._batches = open_groups(self._file, self._shard)
+            sizes, self._batches = open_groups(self.file, self.shard)
         self._starts = [0, *itertools.accumulate(sizes)]
-        self._range = share_of(range(self._starts[-1]), self._stride, self._phase)
+        self._own = share_of(range(self._starts[-1]), self.stride, self.phase)
         self.is_empty = not self._starts[-1]
-        self._rows = self._numbered()
-
-    @property
-    def progress(self) -> float:
-        return self._next / max(1, len(self._range))
-
-    def skip(self, count: int) -> bool:
-        self._next += count
-        self._rows = self._numbered()
-        return self._next <= len(self._range)
 
     def _numbered(self) -> Iterator[tuple[int, Content]]:
-        """The own rows from ``_next`` on, with their numbers in the file from 1."""
-        at = self._range.start + self._next
-        while at < self._range.stop:
+        at = self._own.start + self._next
+        while at < self._own.stop:
             group = bisect_right(self._starts, at) - 1
-            stop = min(self._range.stop, self._starts[group + 1])
+            stop = min(self._own.stop, self._starts[group + 1])
             batches = self._batches(group, at - self._starts[group])
             while at < stop:
                 with self._naming_damage(f"group {group + 1}, from row {at + 1} on,"):
@@ -71,9 +67,9 @@ class RangeRows(JudgedRows):
         """A text or the columns of each row, or the reason why it has none."""
         import pyarrow
 
-        values = pyarrow.StructArray.from_arrays(batch.columns, batch.schema.names)
-        if not self._shard.holds_records:
-            values = batch.column(0)
+        values = batch.column(0)
+        if not self.shard.records.is_text:
+            values = pyarrow.StructArray.from_arrays(batch.columns, batch.schema.names)
         try:
             return values.to_pylist()
         except UnicodeDecodeError:
@@ -81,7 +77,7 @@ class RangeRows(JudgedRows):
 
     def _row(self, content: Any) -> Content:
         if isinstance(content, dict):
-            content = self._shard.content_in(content)
+            content = self.shard.content_in(content)
         if isinstance(content, Skipped):
             return content
         if not content:
@@ -104,7 +100,7 @@ class RangeRows(JudgedRows):
                 raise
             reason = " ".join(str(error).split()) or "it has fewer rows than the file says"
             raise SourceError(
-                f"{self._shard.label}: {where} cannot be read ({reason}); fetch or write it again"
+                f"{self.shard.label}: {where} cannot be read ({reason}); fetch or write it again"
             ) from error
 
 
@@ -125,7 +121,7 @@ def _columns(shard: Shard, schema: Any) -> list[str]:
         kind = schema.field(column).type
         stored = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)  # which stores each value once
         # records also hold lists and numbers; writers use the type null if all values are null
-        if stored in _BYTES if shard.holds_records else stored not in (*_STRINGS, "null"):
+        if stored not in (*_STRINGS, "null") if shard.records.is_text else stored in _BYTES:
             fault = f'holds {kind} in the column "{column}", not strings (pyarrow: column.cast("string"))'
             raise shard.column_error(fault, schema.names)
     return columns
@@ -186,3 +182,117 @@ def _open_arrow(file: io.BufferedReader, shard: Shard) -> tuple[Sequence[int], B
             yield batch.slice(start, BATCH_ROWS)
 
     return [read(number).num_rows for number in range(count)], batches
+
+
+class _Batch(NamedTuple):
+    """The columns of a record batch, mapped and not copied."""
+
+    offsets: npt.NDArray[np.int32]  # in ids, one more than there are rows
+    ids: TokenIds
+    scored: npt.NDArray[np.bool_] | None  # of each id; None: all are
+    utf8_bytes: npt.NDArray[np.int64]
+    skipped: dict[int, str]  # the reasons of the rows that are skipped
+
+    @staticmethod
+    def of(stored: Any) -> "_Batch":
+        stored.validate(full=True)  # that offsets rise and stay within the file
+        tokens = stored.column("tokens")
+        reasons = stored.column("skipped")
+        names = reasons.to_pylist() if reasons.null_count < len(reasons) else []
+        has_scored = "scored" in stored.schema.names
+        return _Batch(
+            offsets=tokens.offsets.to_numpy(),
+            ids=tokens.values.to_numpy(),
+            scored=stored.column("scored").values.to_numpy().view(np.bool_) if has_scored else None,
+            utf8_bytes=stored.column("utf8_bytes").to_numpy(),
+            skipped={at: reason for at, reason in enumerate(names) if reason is not None},
+        )
+
+
+class MappedTokens:
+    """A file of tokens. Raises SourceError if it is damaged, OSError if its disk is gone (``LOST_DISK``)."""
+
+    def __init__(self, path: str) -> None:
+        import pyarrow
+
+        self._path = path
+        try:
+            self._map = pyarrow.memory_map(path)
+            file = pyarrow.ipc.open_file(self._map)
+            self._batches = [_Batch.of(file.get_batch(number)) for number in range(file.num_record_batches)]
+        except MemoryError:  # pyarrow's is an ArrowException, too
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise unreadable(path, error, f"check the path, or make it again: {COMMAND}") from error
+            raise self.damaged(str(error)) from error
+        self._starts = [0, *itertools.accumulate(len(batch.utf8_bytes) for batch in self._batches)]
+        self.ids = sum(len(batch.ids) for batch in self._batches)
+        self.utf8_bytes = sum(int(batch.utf8_bytes.sum()) for batch in self._batches)
+
+    @property
+    def rows(self) -> int:
+        return self._starts[-1]
+
+    def row(self, number: int) -> Encoded | Skipped:
+        at = bisect_right(self._starts, number) - 1
+        batch = self._batches[at]
+        at = number - self._starts[at]
+        if at in batch.skipped:
+            return Skipped(batch.skipped[at])
+        own = slice(batch.offsets[at], batch.offsets[at + 1])
+        if batch.scored is None:
+            return Encoded(batch.ids[own], utf8_bytes=int(batch.utf8_bytes[at]))
+        return Encoded(batch.ids[own], batch.scored[own])
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The number of tokens of each row."""
+        parts = [np.diff(batch.offsets) for batch in self._batches]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+    def skipped(self) -> Iterator[tuple[int, str]]:
+        """The numbers of the rows that are skipped, with the reason of each."""
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            yield from ((start + at, reason) for at, reason in batch.skipped.items())
+
+    def damaged(self, reason: str) -> SourceError:
+        return SourceError(
+            f"{self._path} cannot be read ({' '.join(reason.split())}); it is cut short or damaged: "
+            f"remove it and make it again: {COMMAND}"
+        )
+
+    def close(self) -> None:
+        self._batches.clear()
+        self._map.close()
+
+
+class TokenRows(JudgedRows):
+    """The rows of a file of tokens. Their bad rows were judged when the tokens were made, so they are only counted."""
+
+    def open(self) -> None:
+        self.file.close()  # it was compared with the start; pyarrow opens the file itself
+        self._tokens = open_tokens(self.shard)
+        rows = range(self._tokens.rows)
+        self.is_empty = not rows
+        in_turn = rows[self.phase :: self.stride]
+        self._own = share_of(rows, self.stride, self.phase) if self.shard.in_ranges else in_turn
+
+    def close(self) -> None:
+        self._tokens.close()
+
+    def _numbered(self) -> Iterator[tuple[int, Encoded | Skipped]]:
+        return ((number + 1, self._tokens.row(number)) for number in self._own[self._next :])
+
+    def _count(self, number: int, skipped: Skipped) -> None:
+        self.bad += 1
+
+
+def open_tokens(shard: Shard) -> MappedTokens:
+    """The file of a pre-tokenized shard. Raises SourceError if it does not match the index of its folder."""
+    indexed = shard.tokens
+    assert indexed is not None, "a shard of text"
+    tokens = MappedTokens(shard.location)
+    totals = indexed.totals
+    if (tokens.rows, tokens.ids + totals.documents) != (totals.rows, totals.tokens):
+        raise tokens.damaged("it is another file than its folder says")
+    return tokens

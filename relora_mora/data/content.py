@@ -15,8 +15,9 @@ import xxhash
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.network import version_of
 from relora_mora.data.records.encoders import how_written, packing_of
-from relora_mora.data.shard import TEXT, RecordFormat, Shard
+from relora_mora.data.shard import PLAIN_TEXT, TEXT, Shard
 from relora_mora.data.tokens.index import COMMAND
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ def with_versions(shards: Sequence[Shard], timeout_seconds: float) -> list[Shard
     def with_version(shard: Shard) -> Shard:
         if not shard.is_remote or shard.hub or shard.version is not None:
             return shard
-        from relora_mora.data.remote import version_of
-
         return replace(shard, version=version_of(shard, timeout_seconds))
 
     with ThreadPoolExecutor(THREADS) as threads:
@@ -78,8 +77,7 @@ def _content(shard: Shard) -> str:
     if shard.is_remote:
         if shard.hub or shard.version is None:
             return ""
-        etag, modified, size = shard.version
-        return xxhash.xxh3_128_hexdigest((etag or f"{modified} {size}").encode())
+        return xxhash.xxh3_128_hexdigest(shard.version.encode())
     samples = _samples(shard.location)
     endings = shard.format.endings
     if endings and shard.tokens is None and not samples.endswith(endings):  # an incomplete copy
@@ -137,10 +135,13 @@ def fingerprints(
     if any(shard.in_ranges for shard in shards):
         order["shares"] = "ranges"  # release 0.2 split a file with columns by its groups
     by_source = {shard.source: shard for shard in shards}
-    records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}
+    records = {source: shard.records for source, shard in by_source.items() if shard.records != PLAIN_TEXT}
     if records:
         assert tokenizer is not None, "its encoding of records is part of the fingerprint"
-        order["records"] = {source: _how_encoded(tokenizer, each) for source, each in records.items()}
+        order["records"] = {  # how_written has the text of the template
+            source: [each.settings.model_dump(exclude={"template"}), *how_written(tokenizer, each)]
+            for source, each in records.items()
+        }
     packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
     if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence: on all lengths
         order |= {"packing": packings, "planned": sizes, **lengths}
@@ -149,11 +150,6 @@ def fingerprints(
         blocks["weights"] = {source.label: source.weight for source in config.train}
         blocks["stages"] = [stage.model_dump() for stage in config.stages]
     return _json_digest(blocks), _json_digest(order)
-
-
-def _how_encoded(tokenizer: "PreTrainedTokenizerBase", records: RecordFormat) -> list[Any]:
-    settings = records.settings.model_dump(exclude={"template"})  # not its name: how_written has its text
-    return [settings, *([] if records.is_text else how_written(tokenizer, records))]
 
 
 def _json_digest(content: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.shard import COMPRESSED, Shard, Version
+from relora_mora.data.network import BlockFile
+from relora_mora.data.shard import COMPRESSED, Shard, version_on_disk
 
 READ_BYTES = 1 << 16  # of a file at a time
 # decompressed at once
@@ -22,11 +23,8 @@ _ZSTD_HEAD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
 
 def open_file(shard: Shard, timeout_seconds: float) -> io.BufferedReader:
     """The stored bytes of a shard, on a disk, a server, the hub or in a store. Raises SourceError."""
-    if not shard.is_remote:
-        return io.BufferedReader(LocalFile(shard), READ_BYTES)
-    from relora_mora.data.remote import BlockFile  # late, because local text needs none of its libraries
-
-    return io.BufferedReader(BlockFile(shard, timeout_seconds), READ_BYTES)
+    raw = BlockFile(shard, timeout_seconds) if shard.is_remote else LocalFile(shard)
+    return io.BufferedReader(raw, READ_BYTES)
 
 
 class LocalFile(io.FileIO):
@@ -39,11 +37,11 @@ class LocalFile(io.FileIO):
         self._place = shard.location
         try:
             super().__init__(shard.location)
-            now = Version.on_disk(os.fstat(self.fileno()))
+            status = os.fstat(self.fileno())
         except OSError as error:
             raise unreadable(self._place, error, "check the path, its permissions and its disk") from error
-        self.size = now.size
-        if shard.version not in (None, now):
+        self.size = status.st_size
+        if shard.version not in (None, version_on_disk(status)):
             self.close()
             raise SourceError(f"{self._place} was written since the start; use data that does not change")
 

@@ -1,6 +1,5 @@
 """The first rows of a run's data: that they fit the settings and can be learned from, and how they are tokenized."""
 
-import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,14 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import Cursor, Part, lane_parts
-from relora_mora.data.read import open_rows, rows_in_order, scored_mask
+from relora_mora.data.lanes import Cursor, lane_parts
+from relora_mora.data.read import open_rows, rows_in_order
 from relora_mora.data.records.encoders import packing_of
-from relora_mora.data.rows import FEWEST_ROWS, Ids, JudgedRows, RecordsFound, Scored
+from relora_mora.data.rows import FEWEST_ROWS, Ids, RecordsFound, Scored
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.lane import Lane
+from relora_mora.data.stream.packing import scored_mask
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -44,7 +44,6 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     }
     for shard in samples.values():
         with closing(open_rows(config, shard, note=_ignore)) as rows:
-            assert isinstance(rows, JudgedRows), "tokens are left out above"
             first = rows.take(_FIRST_ROWS)
             if len(first) < _FIRST_ROWS:
                 rows.take(1)  # reaches the end, where the file is checked as a whole
@@ -61,13 +60,13 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTr
     for _, of_source in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
         group = [shard for shard in of_source if shard.tokens is None]
         packing = packing_of(config, group)
-        if not group or (packing == "stream" and not group[0].holds_records):
+        if not group or (packing == "stream" and group[0].records.is_text):
             continue
         found = RecordsFound(config, _ignore)
         checked = group[:1] if group[0].is_remote else group
         for _ in rows_in_order(checked, config, tokenizer, packing, found, limit=_first):
             pass
-        if not found.seen and checked is group:
+        if not (found.usable or found.left_out) and checked is group:
             raise SourceError(f"{group[0].label}: holds no record; give a file with at least one")
 
 
@@ -86,19 +85,20 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
     Without this check, a lane without text would only be noticed when its source is first used, perhaps days into the
     run. Text that is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
     """
+    one_row = config.model_copy(update={"shuffle_documents": 1})
     weights = [{source.label: source.weight for source in config.train}, *(stage.weights for stage in config.stages)]
     for name in mixture_names(config) if config.is_mixture else ():
         own = shards_of_source(shards, config, name)
         if any(each[name] for each in weights) and packing_of(config, own) == "stream":
+            parts = lane_parts(config, lanes, len(own))
+            opened = [Lane(lane, parts[lane], own, one_row, lambda shard: list, eos=0) for lane in range(lanes)]
             with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-                read_first = functools.partial(_read_first, own, config)
-                list(threads.map(read_first, range(lanes), lane_parts(config, lanes, len(own))))
+                list(threads.map(_read_first, opened))
 
 
-def _read_first(shards: Sequence[Shard], config: DataConfig, lane: int, parts: Sequence[Part]) -> None:
-    one_row = config.model_copy(update={"shuffle_documents": 1})
-    with closing(Lane(lane, parts, shards, one_row, list, eos=0).rows(Cursor())) as first:
-        next(first)
+def _read_first(lane: Lane) -> None:
+    with closing(lane.rows(Cursor())) as rows:
+        next(rows)
 
 
 def _ignore(note: str) -> None:
@@ -135,12 +135,13 @@ def _show_source(
             name = f" of {source}" if source else ""
             cut = ", cut" if row.cut else ""
             text = marked(tokenizer, [*row.ids, *end], mask, colour=sys.stdout.isatty())
-            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{cut}\n{text}")
+            sys.stdout.write(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{cut}\n{text}\n")
     if not rows:
         raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""
     without = f"; left out: {found}" if found.left_out else ""
-    _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
+    share = f"{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored"
+    sys.stdout.write(f"{name}{share} (the first {rows:,} rows{without})\n")
 
 
 def marked(tokenizer: "PreTrainedTokenizerBase", ids: Ids, scored: Scored, *, colour: bool) -> str:
@@ -151,7 +152,3 @@ def marked(tokenizer: "PreTrainedTokenizerBase", ids: Ids, scored: Scored, *, co
         texts = "·".join(str(tokenizer.decode([int(token)])).replace("\n", "\\n\n") for token, _ in run)
         parts.append(f"{begin}{texts}{end}" if is_scored else texts)
     return "·".join(parts)
-
-
-def _print(text: str) -> None:
-    print(text)  # noqa: T201 - printing is the purpose of the command

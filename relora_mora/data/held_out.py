@@ -15,11 +15,20 @@ import xxhash
 from relora_mora.config.data import DataConfig, TextSource, as_sources
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
-from relora_mora.data.read import rows_in_order, scored_mask
+from relora_mora.data.read import rows_in_order
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import Encoded, RecordsFound
 from relora_mora.data.sources import shards_of
-from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, block_of, document_ids, packed
+from relora_mora.data.stream.packing import (
+    UNSCORED,
+    DocumentIds,
+    Mask,
+    Tokens,
+    block_of,
+    document_ids,
+    packed,
+    scored_mask,
+)
 from relora_mora.data.tokens.make import check_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -139,11 +148,9 @@ def load_eval_set(
     counts = RecordsFound(config)
     names = ", ".join(source.source for source in as_sources(sources))
     rows: list[Encoded] = []
-    masks: list[Mask] = []
     left = most = math.inf if max_tokens is None else max_tokens
     for row in rows_in_order(shards, config, tokenizer, packing, counts):
-        mask = scored_mask(row, packing)
-        size = int(mask.sum())
+        size = int(scored_mask(row, packing).sum())
         if size > left and rows:
             if left > most / 2:
                 log.warning(
@@ -155,12 +162,11 @@ def load_eval_set(
             break
         left -= size
         rows.append(row)
-        masks.append(mask)
     if not rows:
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
     if counts.left_out:
         log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", counts)
-    blocks = _stream(rows, masks, config, eos) if packing == "stream" else _whole(rows, config, eos, packing == "whole")
+    blocks = _stream(rows, config, eos) if packing == "stream" else _whole(rows, config, eos, packing == "whole")
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     return EvalSet(
         *blocks,
@@ -182,9 +188,7 @@ def _digest(rows: Iterable[Encoded]) -> str:
     return digest.hexdigest()
 
 
-def _stream(
-    rows: Sequence[Encoded], masks: Sequence[Mask], config: DataConfig, eos: int
-) -> tuple[Tokens, Mask, DocumentIds | None]:
+def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Tokens, Mask, DocumentIds | None]:
     """The blocks that the first lane of a stream would have; the last block is padded with unscored EOS."""
     length = config.sequence_length
     row_tokens = np.concatenate([np.array([*row.ids, eos], np.int32) for row in rows])
@@ -192,7 +196,7 @@ def _stream(
     tokens = np.full(blocks * length + 1, eos, np.int32)
     tokens[1 : len(row_tokens) + 1] = row_tokens
     scored = np.zeros(blocks * length, np.bool_)
-    scored[: len(row_tokens)] = np.concatenate(masks)
+    scored[: len(row_tokens)] = np.concatenate([scored_mask(row, "stream") for row in rows])
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
     documents = document_ids(windows[:, :-1], eos) if config.document_mask else None
     return windows, scored.reshape(blocks, length), documents

@@ -62,15 +62,8 @@ def start_states(lanes: int, sources: Sequence[str] = ("",)) -> LaneStates:
 
 
 def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneStates:
-    """Joins the ``Batch.state`` of all ranks at one step. Raises ValueError if two of them hold the same lane."""
-    merged: LaneStates = {}
-    for state in states:
-        for key, lane_state in state.items():
-            if key in merged:
-                raise ValueError(
-                    f"lane {key} is in the data state of two ranks; merge the states of different ranks at one step"
-                )
-            merged[key] = dict(lane_state)
+    """Joins the ``Batch.state`` of all ranks at one step."""
+    merged = {key: dict(of_lane) for state in states for key, of_lane in state.items()}
     return dict(sorted(merged.items(), key=lambda item: read_key(item[0])))
 
 

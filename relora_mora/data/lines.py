@@ -30,39 +30,37 @@ _ARRAY = re.compile(rb"\s*\[\s*\{")
 class LineRows(JudgedRows):
     """The texts or records of the entries ``phase``, ``phase + stride``, ... of a file."""
 
-    def __init__(self, *given: Any, **share: Any) -> None:
-        super().__init__(*given, **share)
-        self._size: int = self._file.raw.size  # type: ignore[attr-defined]  # of a LocalFile or a BlockFile
-        entries, self._read = self._format(open_text(self._file, self._shard))
+    def open(self) -> None:
+        entries, self._read = self._format(open_text(self.file, self.shard))
         first = list(itertools.islice(entries, 1))
         self.is_empty = not first
-        self._own = itertools.islice(itertools.chain(first, entries), self._phase, None, self._stride)
-        self._rows = self._numbered()
+        self._entries = itertools.islice(itertools.chain(first, entries), self.phase, None, self.stride)
 
     @property
     def progress(self) -> float:
-        return self._file.tell() / max(1, self._size)
+        size: int = self.file.raw.size  # type: ignore[attr-defined]  # of a LocalFile or a BlockFile
+        return self.file.tell() / max(1, size)
 
     def skip(self, count: int) -> bool:
-        skipped = sum(1 for _ in itertools.islice(self._own, count))
+        skipped = sum(1 for _ in itertools.islice(self._entries, count))
         self._next += skipped
         return skipped == count
 
     def _numbered(self) -> Iterator[tuple[int, Content]]:
-        for entry in self._own:
+        for entry in self._entries:
             if isinstance(entry, int):
                 entry = too_long(entry, self._limit)
-            number = self._phase + 1 + self._next * self._stride
+            number = self.phase + 1 + self._next * self.stride
             yield number, entry if isinstance(entry, Skipped) else self._read(entry)
 
     def _format(self, text: io.BufferedReader) -> tuple[Iterator[Any], Callable[[Any], Content]]:
         """The entries of the text, and the function that reads one that is neither too long nor bad already."""
-        shard = self._shard
+        shard = self.shard
         lines = lines_in(text, self._limit)
         if shard.format is CSV:
             return csv_rows(lines, self._limit, shard), shard.content_in
         if shard.format is not JSON_LINES:
-            return documents(lines, self._limit, self._config.sample_by), read_document
+            return documents(lines, self._limit, self.config.sample_by), read_document
         if _ARRAY.match(text.peek()):
             raise SourceError(f"{shard.label} is one JSON array, not lines; write: jq -c '.[]' OLD.json > NEW.jsonl")
         return lines, functools.partial(read_json, shard=shard)
@@ -169,20 +167,14 @@ def csv_rows(lines: Iterator[Line], limit: int, shard: Shard) -> Iterator[dict[s
 
 
 def _checked(fields: dict[str, str]) -> dict[str, str] | Skipped:
-    for text in fields.values():
-        if "\0" in text:
-            return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
-        if not (text.isascii() or is_encodable(text)):
-            return Skipped("invalid_utf8")
-    return fields
-
-
-def is_encodable(text: str) -> bool:
+    text = "".join(fields.values())
+    if "\0" in text:
+        return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return Skipped("invalid_utf8")
+    return fields
 
 
 def _split_csv(lines: Iterator[Line], limit: int) -> Iterator[list[str] | Skipped]:

@@ -7,7 +7,6 @@ import functools
 import glob
 import itertools
 import logging
-import math
 import os
 import re
 import sys
@@ -20,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from relora_mora.config.data import DataConfig, Split, TextSource
 from relora_mora.data.errors import SourceError
 from relora_mora.data.files import open_file
-from relora_mora.data.network import ask_for_commit, file_url, list_files
-from relora_mora.data.shard import Shard, format_of
+from relora_mora.data.network import ask_for_commit, hub_shard, list_files
+from relora_mora.data.shard import format_of
 from relora_mora.data.tokens.index import is_token_folder
 from relora_mora.system.files import from_home
 
@@ -104,14 +103,14 @@ def expand_braces(pattern: str) -> list[str]:
 
     Nothing if a range counts down. Raises SourceError for a million names.
     """
-    texts, firsts, lasts = (_BRACES.split(pattern)[start::3] for start in range(3))
-    limits = [(int(first), int(last) + 1, len(first)) for first, last in zip(firsts, lasts, strict=True)]
-    if math.prod(end - begin for begin, end, _ in limits) > _MOST_NAMES:
-        raise SourceError(f"{pattern}: its ranges name more than {_MOST_NAMES:,} files; shorten them")
-    ranges = [[str(number).zfill(width) for number in range(begin, end)] for begin, end, width in limits]
-    return [
-        "".join(itertools.chain(*zip(texts, (*numbers, ""), strict=True))) for numbers in itertools.product(*ranges)
-    ]
+    begin, *further = _BRACES.split(pattern)
+    names = [begin]
+    for first, last, text in zip(*[iter(further)] * 3, strict=True):
+        numbers = range(int(first), int(last) + 1)
+        if len(names) * len(numbers) > _MOST_NAMES:
+            raise SourceError(f"{pattern}: its ranges name more than {_MOST_NAMES:,} files; shorten them")
+        names = [f"{name}{number:0{len(first)}}{text}" for name in names for number in numbers]
+    return names
 
 
 # ---- on the hub ------------------------------------------------------------------------------------------------------
@@ -170,11 +169,6 @@ def hub_files(name: SetName, commit: str, timeout_seconds: float) -> Sequence[st
                 with closing(open_file(hub_shard(name.place, commit, path), timeout_seconds)) as card:
                     (root / path).write_bytes(card.read())
         return files_in(name, root)
-
-
-def hub_shard(repo: str, commit: str, path: str) -> Shard:
-    """A file of a repository at a commit."""
-    return Shard(f"hub:{repo}@{commit}/{path}", file_url(repo, commit, path), hub=True)
 
 
 # ---- in a folder -----------------------------------------------------------------------------------------------------

@@ -11,21 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from relora_mora.config.data import DataConfig, Packing, Split, TextSource
-from relora_mora.data.columns import RangeRows
+from relora_mora.data.columns import RangeRows, TokenRows
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.files import open_file
 from relora_mora.data.lanes import lane_parts
 from relora_mora.data.lines import LineRows
-from relora_mora.data.records.encoders import encoder_of, packing_of
-from relora_mora.data.rows import CALL_CHARACTERS, Encoded, JudgedRows, Note, RecordsFound, in_calls
+from relora_mora.data.records.encoders import Frame, encoder_of, ends_of, packing_of
+from relora_mora.data.rows import CALL_CHARACTERS, Encoded, JudgedRows, Note, RecordsFound, encoded_in_calls
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources import configured_shards, shards_of
-from relora_mora.data.stream.packing import Mask, with_end
-from relora_mora.data.stream.whole import WholeRows
-from relora_mora.data.tokens.rows import TokenRows
+from relora_mora.data.stream.packing import WholeRows
 from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,15 +35,13 @@ _ROWS_PER_CALL = 64
 
 def open_rows(
     config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Note = log.warning
-) -> JudgedRows | TokenRows:
+) -> JudgedRows:
     """The texts, records or tokens of a shard of any format, for lane ``phase`` of the ``stride`` that share it.
 
     In plain text every document is a row. ``bad`` is ``JudgedRows.bad`` at the position to which the caller skips
     next. Only the limits and ``sample_by`` of ``config`` are used.
     """
-    if shard.tokens is not None:
-        return TokenRows(shard, stride, phase, bad)
-    reader = RangeRows if shard.format.in_ranges else LineRows
+    reader = TokenRows if shard.tokens else RangeRows if shard.format.in_ranges else LineRows
     file = open_file(shard, config.timeout_seconds)
     try:
         return reader(config, shard, file, stride=stride, phase=phase, bad=bad, note=note)
@@ -72,7 +66,7 @@ def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, confi
     """Every text of the sources, with the limits, revision and text column of ``config``. Raises SourceError."""
     shards = shards_of(sources, config, split)
     for shard in shards:
-        if shard.tokens is not None or shard.holds_records:
+        if shard.tokens is not None or not shard.records.is_text:
             raise SourceError(
                 f"{shard.label} holds tokens, or records by data.records, but text is needed here; give the text, or "
                 "set data.records=null"
@@ -94,33 +88,19 @@ def rows_in_order(
     ``limit`` takes the first rows of each format. Raises SourceError as ``read_rows`` and ``RecordsFound``.
     """
     found = found or RecordsFound(config)
-    for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
-        encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    for _, group in itertools.groupby(shards, lambda shard: (shard.records, shard.tokens is not None)):
+        same_format = list(group)
+        held = same_format[0].records
+        frame = Frame.of(ends_of(tokenizer, held), eos, held, config.sequence_length)
         rows = limit(read_rows(same_format, config, note=found.note))
-        for group in in_calls(rows, _ROWS_PER_CALL, CALL_CHARACTERS):
-            for source, row in zip(group, encode(group), strict=True):
+        encode = list if same_format[0].tokens else encoder_of(tokenizer, held)
+        for call in encoded_in_calls(rows, encode, _ROWS_PER_CALL, CALL_CHARACTERS):
+            for row in call if packing == "stream" else map(frame.fit, call):
                 found.add(row)
                 if isinstance(row, Encoded):
-                    yield row._replace(utf8_bytes=None if row.cut else _text_bytes(source))
+                    yield row
     found.check_usable(shards[0].label)
-
-
-def scored_mask(row: Encoded, packing: Packing) -> Mask:
-    """Which tokens of a row are predicted and count. In a stream, an EOS is before it and another after it."""
-    if packing == "stream":
-        return np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored)
-    mask = np.ones(len(row.ids), np.bool_)
-    if row.scored is not None:
-        mask[:] = row.scored
-    mask[:1] = False
-    return mask
-
-
-def _text_bytes(row: Any) -> int | None:
-    """The size of the text of a row; None if not all of the row is text."""
-    if isinstance(row, str):
-        return len(row.encode())
-    return row.utf8_bytes if isinstance(row, Encoded) else None
 
 
 def count_epochs(

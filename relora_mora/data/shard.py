@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from relora_mora.config.data import CHATML, RecordsConfig
 from relora_mora.data.errors import Skipped, SourceError, names_of, unreadable
@@ -54,23 +54,9 @@ def format_of(path: str) -> Format | None:
     return JSON_LINES if compressed else None
 
 
-class Version(NamedTuple):
-    """The version of a file as a server or a disk reports it."""
-
-    etag: str | None
-    modified: str | None
-    size: int | None  # bytes; a server's answer may be wrong here
-
-    @staticmethod
-    def on_disk(status: os.stat_result) -> "Version":
-        """Leaves out the inode: on FAT, SMB and FUSE a file gets a new one after the kernel has forgotten it."""
-        return Version(None, str(status.st_mtime_ns), status.st_size)
-
-    def is_other_than(self, other: "Version") -> bool:
-        """Whether the two certainly differ. A field that one of them lacks is not compared."""
-        if self.etag and other.etag:
-            return self.etag != other.etag
-        return bool(self.modified and other.modified) and self.modified != other.modified
+def version_on_disk(status: os.stat_result) -> str:
+    """Leaves out the inode: on FAT, SMB and FUSE a file gets a new one after the kernel has forgotten it."""
+    return f"{status.st_mtime_ns} {status.st_size}"
 
 
 @dataclass(frozen=True)
@@ -97,8 +83,10 @@ class RecordFormat:
         return fields
 
     @staticmethod
-    def of(settings: RecordsConfig) -> "RecordFormat":
+    def of(settings: RecordsConfig | None) -> "RecordFormat":
         """Raises SourceError for a template that cannot be read."""
+        if settings is None:
+            return PLAIN_TEXT
         path = settings.template
         if path in (None, CHATML):
             return RecordFormat(settings)
@@ -110,13 +98,15 @@ class RecordFormat:
             raise unreadable(f"the template {path}", error, "give a .jinja file or chatml") from error
 
 
+PLAIN_TEXT = RecordFormat(RecordsConfig(kind="text"))
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A row with columns. ``place`` names the row in messages."""
 
     fields: dict[str, Any]  # by the names of the kind
     place: str
-    format: RecordFormat
 
     def __len__(self) -> int:
         """About its number of characters."""
@@ -134,10 +124,10 @@ class Shard:
     name: str
     location: str
     size: int | None = None  # bytes, local files only
-    version: Version | None = None  # only of files on disks and http(s) servers; None if it was not asked for
+    version: str | None = None  # as a disk, a server or a store reports it; None on the hub, or if it was not asked for
     hub: bool = False  # requests carry the hub's token, if there is one
     text_column: str = "text"  # the key or column of the text, if rows are text
-    records: RecordFormat | None = None  # the format of rows; None: text
+    records: RecordFormat = PLAIN_TEXT  # the format of rows
     source: str = ""  # the name of its source, in a mixture or if the source sets text_column or records itself
     tokens: TokenFile | None = None  # what the file holds, if it is a file of a pre-tokenized folder
     path: str = field(default="", compare=False)  # the location, if other local files have the same name
@@ -152,14 +142,9 @@ class Shard:
         return format_of(self.name) or JSON_LINES  # a url may have no suffix
 
     @property
-    def holds_records(self) -> bool:
-        """Whether a row has columns instead of being a text."""
-        return self.records is not None and not self.records.is_text
-
-    @property
     def columns(self) -> dict[str, bool]:
         """The keys or columns that are read, and whether every row must have them."""
-        if self.records is None or self.records.is_text:
+        if self.records.is_text:
             return {self.text_column: True}
         settings = self.records.settings
         return dict.fromkeys(settings.optional.values(), False) | dict.fromkeys(settings.required.values(), True)
@@ -168,7 +153,7 @@ class Shard:
         """The text of a row with columns, or the fields of its record, or why it has none."""
         if not isinstance(row, dict):
             return Skipped("no_text", "is not an object of keys and values")
-        if self.records is not None and not self.records.is_text:
+        if not self.records.is_text:
             return self.records.fields_of(row)
         if self.text_column not in row:
             return Skipped("no_text", f'has no "{self.text_column}", only {names_of(row)}')
@@ -181,24 +166,17 @@ class Shard:
     def in_ranges(self) -> bool:
         """Whether lanes that share this file, or the text of its tokens, split its rows into ranges."""
         named = format_of(self.name if self.tokens is None else self.tokens.text.name)
-        return named is not None and named.in_ranges
+        return (named or JSON_LINES).in_ranges
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.location
 
-    @property
-    def origin(self) -> Literal["local", "server", "hub"]:
-        """Where the file is stored."""
-        if self.is_remote:
-            return "hub" if self.hub else "server"
-        return "local"
-
     def column_error(self, fault: str, names: Iterable[str]) -> SourceError:
         """The error for a column that cannot be read, with the names of all columns."""
-        setting = "records.columns" if self.holds_records else "text_column"
+        setting = "text_column" if self.records.is_text else "records.columns"
         setting = f"{setting} of the source {self.source}" if self.source else f"data.{setting}"
-        records = "" if self.holds_records else "; or set data.records, if rows are not plain text"
+        records = "; or set data.records, if rows are not plain text" if self.records.is_text else ""
         return SourceError(f"{self.label} {fault}; set {setting} to one of {names_of(names)}{records}")
 
     def check_names(self, names: Sequence[str]) -> None:

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from relora_mora.config.data import DataConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.named_sets import C4, commit_of, expand_braces, files_in, hub_files, hub_shard, set_name
-from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
+from relora_mora.data.named_sets import commit_of, expand_braces, files_in, hub_files, set_name
+from relora_mora.data.network import hub_shard
+from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, format_of, version_on_disk
 from relora_mora.data.tokens.index import COMMAND, file_in, finished_files, is_token_folder
 from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
@@ -29,18 +30,16 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
     file that was named before, and for files that cannot hold such records.
     """
     listed = as_sources(sources)
-    if not listed:
-        raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
     mixed = split == "train" and is_mixture(listed)
     shards: dict[str, Shard] = {}  # by the file
     for source in listed:
-        settings = source.records or config.records
-        record_format = RecordFormat.of(settings) if settings else None
+        settings = config.records_of(source)
+        records = RecordFormat.of(settings)
         column = source.text_column or (settings.columns.get("text") if settings else None) or config.text_column
         name = source.label if mixed or source.text_column or source.records else ""
         count = len(shards)
         for found in _resolve(source, split, config):
-            shard = replace(found, text_column=column, records=record_format, source=name)
+            shard = replace(found, text_column=column, records=records, source=name)
             _check_format(shard, source.source)
             file = shard.location if shard.is_remote else os.path.realpath(shard.location)
             if file in shards:
@@ -66,17 +65,16 @@ def _resolve(source: TextSource, split: Split, config: DataConfig) -> Iterator[S
     if name is not None and name.on_hub:
         commit = commit_of(name, config)
         for path in hub_files(name, commit, config.timeout_seconds):
-            _check_suffix(path, text)
             yield hub_shard(name.place, commit, path)
     elif name is not None:
         folder = Path(from_home(name.place))
-        yield from _local_shards([str(folder / path) for path in files_in(name, folder)], text)
+        yield from _local_shards([str(folder / path) for path in files_in(name, folder)])
     elif "://" in text:
         yield from _url_shards(text)
     elif is_token_folder(folder := Path(from_home(text))):
         yield from token_shards(folder)
     else:
-        yield from _local_shards(_paths(text), text)
+        yield from _local_shards(_paths(text))
 
 
 def _url_shards(source: str) -> Iterator[Shard]:
@@ -94,23 +92,17 @@ def _url_shards(source: str) -> Iterator[Shard]:
     for url in expand_braces(source):
         try:
             name = public_url(url)
-            path = unquote(urlsplit(url).path)
         except ValueError as error:
             raise SourceError(f"{url}: not a valid url ({error}); check it") from error
-        if PurePosixPath(path).suffix:
-            _check_suffix(path, name)
         yield Shard(name, url)
 
 
 def token_shards(folder: Path) -> Iterator[Shard]:
     """The files of a finished folder of tokens."""
-    for number, file in enumerate(finished_files(folder)):
-        path = file_in(folder, number).absolute()
-        try:
-            version = Version.on_disk(path.stat())
-        except OSError as error:
-            raise unreadable(str(path), error, f"make it again: {COMMAND}") from error
-        yield Shard(path.name, str(path), size=version.size, version=version, tokens=file)
+    files = finished_files(folder)
+    paths = [str(file_in(folder, number)) for number in range(len(files))]
+    for shard, file in zip(_local_shards(paths, f"make it again: {COMMAND}"), files, strict=True):
+        yield replace(shard, tokens=file)
 
 
 def _paths(source: str) -> list[str]:
@@ -129,35 +121,31 @@ def _paths(source: str) -> list[str]:
     return sorted(matched)
 
 
-def _local_shards(paths: Iterable[str], source: str) -> Iterator[Shard]:
+def _local_shards(paths: Iterable[str], remedy: str = "check the path and its permissions") -> Iterator[Shard]:
     """The paths that are files and not, for instance, folders or pipes."""
-    for path in paths:
+    for path in map(Path, paths):
         try:
-            status = Path(path).stat()
+            status = path.stat()
         except OSError as error:  # such as a link to a missing file
-            raise unreadable(path, error, "check the path and its permissions") from error
-        if not stat.S_ISREG(status.st_mode):
-            continue
-        _check_suffix(path, source)
-        version = Version.on_disk(status)
-        yield Shard(Path(path).name, str(Path(path).absolute()), size=version.size, version=version)
+            raise unreadable(str(path), error, remedy) from error
+        if stat.S_ISREG(status.st_mode):
+            yield Shard(path.name, str(path.absolute()), status.st_size, version_on_disk(status))
 
 
 def _check_format(shard: Shard, source: str) -> None:
+    path = PurePosixPath(shard.name)
+    if format_of(shard.name) is None and (path.suffix or shard.hub or not shard.is_remote):
+        raise SourceError(f"{source}: {path.name} is not a format that is read: {', '.join(SUFFIXES)}")
     if shard.is_remote and shard.format is ARROW:
         raise SourceError(f"{source}: {shard.name} is an Arrow file on a server; download it, or use Parquet")
-    if shard.tokens is not None and shard.holds_records != (shard.tokens.making.records is not None):
+    is_text = shard.records.is_text
+    if shard.tokens is not None and is_text != (shard.tokens.making.records is None):
         raise SourceError(
-            f"{shard.location} holds tokens of {'plain text' if shard.holds_records else 'records'}; "
+            f"{shard.location} holds tokens of {'records' if is_text else 'plain text'}; "
             "set data.records as when they were made"
         )
-    if shard.holds_records and shard.tokens is None and shard.format is TEXT:
+    if not is_text and shard.tokens is None and shard.format is TEXT:
         raise SourceError(f"{shard.name} is text without columns and cannot hold records; set records.kind=text")
-
-
-def _check_suffix(path: str, source: str) -> None:
-    if format_of(path) is None:
-        raise SourceError(f"{source}: {PurePosixPath(path).name} is not a format that is read: {', '.join(SUFFIXES)}")
 
 
 def public_url(url: str) -> str:

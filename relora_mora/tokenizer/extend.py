@@ -161,17 +161,14 @@ def most_frequent_merges(words: Mapping[str, tuple[list[str], int]], known: Iter
     heapq.heapify(queue)
     while queue:
         number, pair = heapq.heappop(queue)
-        if total[pair] < 2 or "".join(pair) in known:
-            continue
-        if -number != total[pair]:  # it has been counted since; a larger number has an entry of its own
-            if -number > total[pair]:
-                heapq.heappush(queue, (-total[pair], pair))
+        # what was counted since has an entry of its own
+        if -number != total[pair] or total[pair] < 2 or "".join(pair) in known:
             continue
         yield pair
         known.add("".join(pair))
         changed: set[Merge] = set()
         for index in places.pop(pair):
-            count(index, -1)
+            changed.update(count(index, -1))
             parts[index] = _join(parts[index], pair)
             changed.update(count(index, 1))
         for other in changed:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from relora_mora.config.data import RecordsConfig
-from relora_mora.data.records.encoders import encoder_of
+from relora_mora.data.records.encoders import Frame, encoder_of, ends_of
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Record, RecordFormat
 
@@ -18,8 +18,13 @@ CONVERSATION = [
 
 def encoded(tokenizer, fields: dict[str, Any], packing: str = "whole", length: int = 1000, **settings: Any) -> Any:
     held = RecordFormat.of(RecordsConfig(**settings))
-    [row] = encoder_of(tokenizer, [held], packing, length)([Record(fields, "a.jsonl, line 1", held)])
-    return row
+    [row] = encoder_of(tokenizer, held)([Record(fields, "a.jsonl, line 1")])
+    return row if packing == "stream" else whole(tokenizer, held, row, length)
+
+
+def whole(tokenizer, held: RecordFormat, row: Any, length: int = 1000) -> Any:
+    """A row as it is packed whole."""
+    return Frame.of(ends_of(tokenizer, held), tokenizer.eos_token_id, held, length).fit(row)
 
 
 def parts(tokenizer, row: Encoded) -> list[tuple[bool, str]]:

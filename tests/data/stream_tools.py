@@ -29,8 +29,7 @@ def shards_with_tokens(config: DataConfig, tokenizer: str) -> list[Shard]:
     """The shards of training data, with tokens in place of rows that are packed whole, as a run makes them."""
     shards = configured_shards(config, "train")
     cache = Path(_cache().name, hashlib.sha256(config.model_dump_json().encode()).hexdigest())
-    made = tokens_of_whole_rows(shards, config, tokenizer, cache)
-    return [made.get(number, shard) for number, shard in enumerate(shards)]
+    return tokens_of_whole_rows(shards, config, tokenizer, cache)
 
 
 def stream_of(config: DataConfig, tokenizer: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:

@@ -115,6 +115,9 @@ def _until_stop(lane, blocks):
     return [*states, lane.state()], made, None
 
 
+PLAIN = {"suffix": ".json", "cut": 0, "length": 8}
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     kinds=st.lists(
@@ -125,24 +128,22 @@ def _until_stop(lane, blocks):
     lanes=st.integers(1, 3),
     shuffle=st.integers(1, 7),
     fraction=st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0]),
+    length=st.integers(2, 40),
 )
-# a random choice seldom stops because of a line long before the position
-@example(kinds=["text", "not_json", *["text"] * 5], suffix=".json", cut=0, lanes=1, shuffle=1, fraction=0.14)
-@example(
-    kinds=["not_json", "text", "not_json", *["text"] * 15], suffix=".json.gz", cut=0, lanes=2, shuffle=2, fraction=0.1
-)
-# bad and good lines in one block
-@example(kinds=["text", "text", "not_json", *["text"] * 8], suffix=".json", cut=0, lanes=1, shuffle=2, fraction=1.0)
+# a random choice seldom stops because of a line long before the position, or has bad and good lines in one block
+@example(kinds=["text", "not_json", *["text"] * 5], fraction=0.14, lanes=1, shuffle=1, **PLAIN)
+@example(kinds=["not_json", "text", "not_json", *["text"] * 15], fraction=0.1, lanes=2, shuffle=2, **PLAIN)
+@example(kinds=["text", "text", "not_json", *["text"] * 8], fraction=1.0, lanes=1, shuffle=2, **PLAIN)
 def test_a_resume_at_every_block_skips_and_stops_as_before(
-    tmp_path_factory, kinds, suffix, cut, lanes, shuffle, fraction
+    tmp_path_factory, kinds, suffix, cut, lanes, shuffle, fraction, length
 ):
     entries = next(ENTRIES[known] for known in ENTRIES if suffix.startswith(known))
-    texts = [f"{n} " + "x" * (7 * n % 30 if n % 3 else 0) for n in range(len(kinds))]
+    texts = [f"{n} " + "x" * (7 * n % 70 if n % 3 else 0) for n in range(len(kinds))]
     written = [entries.get(kind, text) for kind, text in zip(kinds, texts, strict=True)]
     path = write_shard(tmp_path_factory.mktemp("any") / f"a{suffix}", written)
     if cut:
         path.write_bytes(path.read_bytes()[:-cut])
-    again = {"max_bad_fraction": fraction, "shuffle_documents": shuffle}
+    again = {"max_bad_fraction": fraction, "shuffle_documents": shuffle, "sequence_length": length}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "FEWEST_ROWS", 8)  # so that some stop inside the shard
         for number in range(lanes):

@@ -14,9 +14,8 @@ from fsspec.registry import known_implementations
 from relora_mora.data import network
 from relora_mora.data.content import content_of, with_versions
 from relora_mora.data.errors import SourceError
-from relora_mora.data.network import RETRIES, TransientError, retrying
+from relora_mora.data.network import RETRIES, BlockFile, TransientError, retrying
 from relora_mora.data.read import open_rows
-from relora_mora.data.remote import BlockFile
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, resolve_shards, rows_of, some_texts, write_shard
 from tests.tools.each import each
@@ -129,7 +128,7 @@ def _rows(url, skip=0, timeout_seconds=20.0):
 @each("suffix", [".jsonl", ".json.gz", ".jsonl.zst", ".csv.gz", ".txt", ".parquet"])
 @each("faults", [0.0, 0.3])
 def test_every_format_in_a_store_gives_the_rows_of_a_disk(tmp_path, store, monkeypatch, suffix, faults):
-    monkeypatch.setattr("relora_mora.data.remote.FIRST_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("relora_mora.data.network.FIRST_BLOCK_BYTES", 1 << 10)
     path = write_shard(tmp_path / f"a{suffix}", some_texts(400))
     store.pipe(f"/bucket/a{suffix}", path.read_bytes())
     draw = random.Random(suffix)

@@ -115,7 +115,6 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("https://[x/a.json", "not a valid url"),
         (__file__, "is not a format that is read: .json, "),
         (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
-        ([], "no source"),
         ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision"),
         ([TextSource(source="hub:a/b/c.json", split="validation")], "only a set by name (OWNER/NAME or a folder)"),
     ],
@@ -155,10 +154,8 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
         of(config.model_copy(update={"workers": 3, "prefetch_batches": 9})),
     ]
     assert len(set(same)) == 1
-    changed = [
-        config.model_copy(update={key: value})
-        for key, value in {"seed": 1, "sequence_length": 33, "shuffle_documents": 9, "text_column": "content"}.items()
-    ]
+    changes = {"seed": 1, "sequence_length": 33, "shuffle_documents": 9, "text_column": "content", "concatenate": True}
+    changed = [config.model_copy(update={key: value}) for key, value in changes.items()]
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
     assert len({same[0], *others}) == 1 + len(others)

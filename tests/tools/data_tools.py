@@ -144,7 +144,7 @@ def resolve_shards(sources: Any, revision: str = "main", split: Any = "train", *
 def make_lane(config: DataConfig, lanes: int, lane: int, state: Any = None, encode: Any = encode) -> Lane:
     shards = configured_shards(config, "train")
     parts = lane_parts(config, lanes, len(shards))[lane]
-    return Lane(lane, parts, shards, config, encode, eos=EOS, restored=state)
+    return Lane(lane, parts, shards, config, lambda shard: encode, eos=EOS, restored=state)
 
 
 def epoch_tokens(lane: Lane) -> list[int]:

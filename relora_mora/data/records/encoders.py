@@ -1,15 +1,13 @@
 """Encodes rows (plain text, records, tokens) for a stream, or as whole rows with begin and end tokens."""
 
-import functools
-import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from relora_mora.config.data import DataConfig, Packing
+from relora_mora.config.data import DataConfig, Packing, Score
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.records import passages
 from relora_mora.data.rows import Encode, Encoded
@@ -22,48 +20,25 @@ if TYPE_CHECKING:
 
 def packing_of(config: DataConfig, shards: Sequence[Shard]) -> Packing:
     """How the rows of these shards are packed into sequences."""
-    return config.packing_of(shard.records.settings if shard.records else None for shard in shards)
+    return config.packing_of(shard.records.settings for shard in shards)
 
 
-def encoder_of(
-    tokenizer: "PreTrainedTokenizerBase",
-    formats: Iterable[RecordFormat | None],
-    packing: Packing,
-    sequence_length: int,
-) -> Encode[Any]:
-    """A function that encodes rows in these formats: texts, records, and rows that are tokens already.
-
-    Rows are packed whole only if they have one format. Raises SourceError if rows cannot be tokenized.
-    """
-    formats = list(dict.fromkeys(formats))
-    by_format: dict[Any, Encode[Any]] = {
-        held: record_encoder(tokenizer, held) for held in formats if held is not None and not held.is_text
-    }
-    by_format |= {str: lambda texts: [Encoded(ids) for ids in encode_texts(tokenizer, texts)], Encoded: list}
-
-    def encode(rows: list[Any]) -> list[Encoded | Skipped]:
-        groups = itertools.groupby(rows, lambda row: row.format if isinstance(row, Record) else type(row))
-        return [row for key, group in groups for row in by_format[key](list(group))]
-
-    if packing == "stream":
-        return encode
-    [held] = formats
-    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    frame = Frame.of(ends_of(tokenizer, held), eos, held, sequence_length)
-
-    def encode_whole(rows: list[Any]) -> list[Encoded | Skipped]:
-        encoded = zip(encode(rows), rows, strict=True)
-        return [row if isinstance(row, Skipped) else frame.fit(row, source) for row, source in encoded]
-
-    return encode_whole
+def encoder_of(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> Encode[Any]:
+    """A function that encodes rows of text, or records. Raises SourceError if such rows cannot be tokenized."""
+    if not record_format.is_text:
+        return record_encoder(tokenizer, record_format)
+    return lambda texts: [
+        Encoded(ids, utf8_bytes=len(text.encode()))
+        for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True)
+    ]
 
 
-def ends_of(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat | None) -> list[list[int]] | None:
+def ends_of(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> list[list[int]] | None:
     """The tokens before and after a whole record. None stands for EOS on both sides of a text.
 
     Then every token of the text is predicted, as in a stream.
     """
-    if record_format is None or record_format.is_text:
+    if record_format.is_text:
         return None
     if record_format.settings.is_conversation:
         return [[], []]
@@ -79,16 +54,17 @@ class Frame(NamedTuple):
     drops: bool  # longer rows; otherwise they are cut
 
     @staticmethod
-    def of(ends: list[list[int]] | None, eos: int, record_format: RecordFormat | None, sequence_length: int) -> "Frame":
-        drops = record_format is not None and record_format.settings.too_long == "drop"
+    def of(ends: list[list[int]] | None, eos: int, record_format: RecordFormat, sequence_length: int) -> "Frame":
         begin, end = ends or [[eos], [eos]]
-        return Frame(begin, end, sequence_length + 1, drops)
+        return Frame(begin, end, sequence_length + 1, drops=record_format.settings.too_long == "drop")
 
-    def fit(self, row: Encoded, source: Any = None) -> Encoded | Skipped:
-        """The whole row, cut if it is too long, or the reason why it is left out; ``source`` is what was encoded.
+    def fit(self, row: Encoded | Skipped) -> Encoded | Skipped:
+        """The whole row, cut if it is too long, or the reason why it is left out.
 
         The end is scored if the token before it is, so the model learns to end an answer.
         """
+        if isinstance(row, Skipped):
+            return row
         begin, end, most, drops = self
         ids = np.array([*begin, *row.ids, *end], np.int32)
         scored = None
@@ -97,10 +73,9 @@ class Frame(NamedTuple):
             scored[len(begin) : len(ids) - len(end)] = row.scored
             scored[len(ids) - len(end) :] = scored[len(ids) - len(end) - 1]
         if len(ids) <= most:
-            return Encoded(ids, scored)
+            return Encoded(ids, scored, utf8_bytes=row.utf8_bytes)
         if drops or (scored is not None and not scored[1:most].any()):
-            fault = f"has {len(ids):,} tokens, more than data.sequence_length ({most - 1:,})"
-            return Skipped("over_length", source.describe(fault) if isinstance(source, Record) else f"a text {fault}")
+            return Skipped("over_length", f"a row has {len(ids):,} tokens, and data.sequence_length is {most - 1:,}")
         return Encoded(ids[:most], None if scored is None else scored[:most], cut=True)
 
 
@@ -113,90 +88,60 @@ def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
             "give a tokenizer with a tokenizer.json, or a sentencepiece model"
         )
     settings = record_format.settings
-    passage = functools.partial(passages.passage_of, settings.kind)
-    if settings.is_conversation:
-        passage = functools.partial(
-            _rendered, tokenizer, record_format, passages.chat_template(tokenizer, record_format)
-        )
+    template = passages.ChatTemplate.of(tokenizer, record_format) if settings.is_conversation else None
+
+    def passage_of(record: Record) -> passages.Passage | Skipped:
+        try:
+            if template is None:
+                return passages.passage_of(settings.kind, record.fields)
+            conversation = passages.conversation_of(settings.kind, record.fields)
+            return template.passage_of(conversation, scores_all=settings.score == "all")
+        except passages.Unusable as fault:
+            return Skipped(fault.reason, record.describe(str(fault)))
 
     def encode(records: list[Record]) -> list[Encoded | Skipped]:
-        made: list[passages.Passage | Skipped] = []
-        for record in records:
-            try:
-                made.append(passage(record.fields))
-            except passages.Unusable as fault:
-                made.append(Skipped(fault.reason, record.describe(str(fault))))
-        usable = [each for each in made if isinstance(each, passages.Passage)]
+        made = list(map(passage_of, records))
+        texts = [each.text for each in made if isinstance(each, passages.Passage)]
         backend.encode_special_tokens = not settings.is_conversation
-        encodings = iter(backend.encode_batch([each.text for each in usable], add_special_tokens=False))
-        rows: list[Encoded | Skipped] = []
-        for record, each in zip(records, made, strict=True):
-            row = each if isinstance(each, Skipped) else _row(each, next(encodings), scores_all=settings.score == "all")
-            if isinstance(row, Encoded) and not (len(row.ids) if row.scored is None else any(row.scored)):
-                row = Skipped("no_answer", record.describe("has no answer to learn"))
-            rows.append(row)
-        return rows
+        encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
+        no_answer = "has no answer to learn"
+        return [
+            each
+            if isinstance(each, Skipped)
+            else _row(each, next(encodings), settings.score) or Skipped("no_answer", record.describe(no_answer))
+            for record, each in zip(records, made, strict=True)
+        ]
 
     return encode
 
 
-def _row(passage: passages.Passage, encoding: Any, *, scores_all: bool) -> Encoded:
-    """The tokens of a passage. As in transformers' ``assistant_masks``, one is scored if it covers part of an answer.
+def _row(passage: passages.Passage, encoding: Any, score: Score) -> Encoded | None:
+    """The tokens of a passage; None if none is scored.
 
-    So is the last token of a text that ends in an answer, because some tokenizers trim spaces from a token's span until
-    nothing is left of it.
+    As in transformers' ``assistant_masks``, a token is scored if it covers part of an answer. So is the last token of a
+    text that ends in an answer, because some tokenizers trim spaces from a token's span until nothing is left of it.
     """
-    if scores_all:
-        return Encoded(encoding.ids)
+    if score == "all":
+        return Encoded(encoding.ids) if encoding.ids else None
     starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     scored = np.zeros(len(starts), np.bool_)
     for begin, end in passage.answers:
         scored |= ((starts < end) | (end == len(passage.text))) & (ends > begin)
-    return Encoded(encoding.ids, scored)
-
-
-def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat, template: str, fields: Mapping[str, Any]
-) -> passages.Passage:
-    """The conversation of a record with the answers to score, if its template marks them. Raises Unusable."""
-    from jinja2 import TemplateSyntaxError
-
-    scores_all = record_format.settings.score == "all"
-    label = passages.template_name(tokenizer, record_format)
-    conversation = passages.conversation_of(record_format.settings.kind, fields)
-    try:
-        passage = passages.render(tokenizer, template, conversation, marked=not scores_all)
-    except TemplateSyntaxError as error:
-        raise SourceError(
-            f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
-            "data.records.template to another one"
-        ) from error
-    except Exception as error:  # a template may raise anything
-        reason = " ".join(str(error).split())
-        raise passages.Unusable("template_failed", f"is refused by {label} ({reason:.200})") from error
-    if not passage.answers and any(message["role"] == "assistant" for message in conversation.messages):
-        raise passages.Unusable("no_answer", f"has an answer that {label} does not mark")
-    if passages.leaves_out_tools(tokenizer, template, conversation, passage.text):
-        raise passages.Unusable("template_failed", f"has tools, which {label} does not write")
-    learned = conversation.learned()
-    if scores_all or all(learned):
-        return passage
-    if len(passage.answers) != len(learned):
-        fault = f"has a weight, and {label} marks {len(passage.answers)} of its {len(learned)} answers"
-        raise passages.Unusable("template_failed", fault)
-    return passage._replace(answers=list(itertools.compress(passage.answers, learned)))
+    return Encoded(encoding.ids, scored) if scored.any() else None
 
 
 def how_written(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> list[Any]:
     """What decides the tokens of records besides how the tokenizer encodes plain text, as values that JSON can hold."""
+    if record_format.is_text:
+        return []
     if record_format.settings.is_conversation:
-        return [passages.chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
+        return [passages.ChatTemplate.of(tokenizer, record_format).text, tokenizer.special_tokens_map]
     return [own_prefix(tokenizer)]
 
 
-def records_digest(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat | None) -> str | None:
+def records_digest(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> str | None:
     """32 hex digits over what decides the tokens of records besides the tokenizer; None for plain text."""
-    if record_format is None or record_format.is_text:
+    if record_format.is_text:
         return None
     settings = record_format.settings.model_dump(include={"kind", "score", "columns"})
     return xxhash.xxh3_128_hexdigest(

@@ -1,6 +1,7 @@
 """Makes texts with answers from the fields of records. A conversation is rendered with a chat template."""
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,14 +58,10 @@ Message = dict[str, Any]
 
 
 class Conversation(NamedTuple):
-    """The input of a chat template; ``tools`` are descriptions of functions, as JSON."""
+    """The input of a chat template. ``weight: 0`` keeps an answer from being learned."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]]
-
-    def learned(self) -> list[bool]:
-        """For each answer, whether it is trained on; ``weight: 0`` turns that off."""
-        return [each.get("weight", 1) == 1 for each in self.messages if each["role"] == "assistant"]
+    tools: list[dict[str, Any]]  # descriptions of functions, as JSON
 
 
 class Passage(NamedTuple):
@@ -147,43 +144,103 @@ def _message(kind: str, raw: Any, number: int) -> Message:
     return message
 
 
-def chat_template(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> str:
-    """The chat template for records in this format. Raises SourceError if there is none or it cannot be used."""
-    name = record_format.settings.template
-    if name == CHATML:
-        return chatml(tokenizer)
-    template = record_format.template
-    if template is None:
-        if tokenizer.chat_template is None:
+class ChatTemplate(NamedTuple):
+    """A chat template, the tokenizer whose special tokens it writes, and how messages refer to it."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    text: str
+    name: str
+
+    @staticmethod
+    def of(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> "ChatTemplate":
+        """The template for records in this format. Raises SourceError if there is none or it cannot be used."""
+        given = record_format.settings.template
+        name = f"the template {given}" if given else f"the chat template of {tokenizer.name_or_path}"
+        if given == CHATML:
+            return ChatTemplate(tokenizer, chatml(tokenizer), name)
+        text = record_format.template
+        if text is None:
+            if tokenizer.chat_template is None:
+                raise SourceError(
+                    f"{tokenizer.name_or_path} has no chat template; set data.records.template to chatml or a .jinja "
+                    "file"
+                )
+            text = str(tokenizer.get_chat_template())
+        if record_format.settings.score == "answers" and not _MARK.search(text):
             raise SourceError(
-                f"{tokenizer.name_or_path} has no chat template; set data.records.template to chatml or a .jinja file"
+                f"{name} does not mark answers ({{% generation %}} ... {{% endgeneration %}}), so nothing would be "
+                "learned; set data.records.template=chatml, a .jinja file with these marks, or data.records.score=all"
             )
-        template = str(tokenizer.get_chat_template())
-    label = template_name(tokenizer, record_format)
-    if record_format.settings.score == "answers" and not _MARK.search(template):
-        raise SourceError(
-            f"{label} does not mark answers ({{% generation %}} ... {{% endgeneration %}}), so nothing would be "
-            "learned; set data.records.template=chatml, a .jinja file with these marks, or data.records.score=all"
-        )
-    if "strftime_now" in template and "date_string" not in template:
-        raise SourceError(
-            f"{label} writes the time of day (strftime_now), so no two runs would read the same; "
-            "set data.records.template to a .jinja file without it"
-        )
-    return template
+        if "strftime_now" in text and "date_string" not in text:
+            raise SourceError(
+                f"{name} writes the time of day (strftime_now), so no two runs would read the same; "
+                "set data.records.template to a .jinja file without it"
+            )
+        return ChatTemplate(tokenizer, text, name)
 
+    def passage_of(self, conversation: Conversation, *, scores_all: bool) -> Passage:
+        """The text of a conversation with the answers to score; the whole text if ``scores_all``. Raises Unusable."""
+        from jinja2 import TemplateSyntaxError
 
-def template_name(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> str:
-    """How messages refer to the template of these records."""
-    name = record_format.settings.template
-    return f"the template {name}" if name else f"the chat template of {tokenizer.name_or_path}"
+        try:
+            passage = self.render(conversation, marked=not scores_all)
+        except TemplateSyntaxError as error:
+            raise SourceError(
+                f"{self.name} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
+                "data.records.template to another one"
+            ) from error
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split())
+            raise Unusable("template_failed", f"is refused by {self.name} ({reason:.200})") from error
+        if not passage.answers and any(message["role"] == "assistant" for message in conversation.messages):
+            raise Unusable("no_answer", f"has an answer that {self.name} does not mark")
+        if self._leaves_out_tools(conversation, passage.text):
+            raise Unusable("template_failed", f"has tools, which {self.name} does not write")
+        learned = [each.get("weight", 1) == 1 for each in conversation.messages if each["role"] == "assistant"]
+        if scores_all or all(learned):
+            return passage
+        if len(passage.answers) != len(learned):
+            fault = f"has a weight, and {self.name} marks {len(passage.answers)} of its {len(learned)} answers"
+            raise Unusable("template_failed", fault)
+        return passage._replace(answers=list(itertools.compress(passage.answers, learned)))
+
+    def render(self, conversation: Conversation, *, marked: bool) -> Passage:
+        """Renders a conversation exactly as transformers' ``apply_chat_template`` does.
+
+        If ``marked``, the answers are the spans that the template marks; otherwise the whole text is one answer. Raises
+        jinja2's TemplateSyntaxError if the template is not valid Jinja, and whatever the template raises for messages
+        that it rejects.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        variables: dict[str, Any] = {"date_string": _DATE, **self.tokenizer.special_tokens_map}
+        rendered: Any = render_jinja_template(
+            [conversation.messages],
+            tools=conversation.tools or None,  # type: ignore[arg-type]
+            chat_template=self.text,
+            return_assistant_tokens_mask=marked,
+            **variables,
+        )
+        [text], answers = rendered
+        return Passage(text, list(answers[0]) if marked else [(0, len(text))])
+
+    def _leaves_out_tools(self, conversation: Conversation, text: str) -> bool:
+        """Whether a conversation renders to the same text without its tools, or without the calls of tools."""
+        messages, tools = conversation
+        plain = [{key: value for key, value in each.items() if key != "tool_calls" or not value} for each in messages]
+        for other in (Conversation(messages, []), Conversation(plain, tools)):
+            # a template that rejects what is left reads the part that was left out
+            with contextlib.suppress(Exception):
+                if other != conversation and self.render(other, marked=False).text == text:
+                    return True
+        return False
 
 
 def template_in_use(shards: Iterable[Shard], tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The template of the first shard of conversations, or None if there is none. Raises SourceError."""
     for shard in shards:
-        if shard.records is not None and shard.records.settings.is_conversation:
-            return chat_template(tokenizer, shard.records)
+        if shard.records.settings.is_conversation:
+            return ChatTemplate.of(tokenizer, shard.records).text
     return None
 
 
@@ -204,7 +261,8 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     answer = "answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = render(tokenizer, str(tokenizer.get_chat_template()), Conversation(turns, []), marked=False).text
+        template = ChatTemplate(tokenizer, str(tokenizer.get_chat_template()), "")
+        text = template.render(Conversation(turns, []), marked=False).text
     except Exception:  # a template may raise anything, and not every template accepts these two turns
         return None
     suffix = text.rpartition(answer)[2].lstrip()
@@ -218,38 +276,3 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     added = {token for token, described in tokenizer.added_tokens_decoder.items() if described.special}
     end = end_of_turn(tokenizer)
     return frozenset(added | set(tokenizer.all_special_ids) | ({end} if end is not None else set()))
-
-
-def render(tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation, *, marked: bool) -> Passage:
-    """Renders a conversation exactly as transformers' ``apply_chat_template`` does.
-
-    If ``marked``, the answers are the spans that the template marks; otherwise the whole text is one answer. Raises
-    jinja2's TemplateSyntaxError if the template is not valid Jinja, and whatever the template raises for messages that
-    it rejects.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    variables: dict[str, Any] = {"date_string": _DATE, **tokenizer.special_tokens_map}
-    rendered: Any = render_jinja_template(
-        [conversation.messages],
-        tools=conversation.tools or None,  # type: ignore[arg-type]
-        chat_template=template,
-        return_assistant_tokens_mask=marked,
-        **variables,
-    )
-    [text], answers = rendered
-    return Passage(text, list(answers[0]) if marked else [(0, len(text))])
-
-
-def leaves_out_tools(
-    tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation, text: str
-) -> bool:
-    """Whether a conversation renders to the same text without its tools, or without the calls of tools."""
-    messages, tools = conversation
-    plain = [{key: value for key, value in each.items() if key != "tool_calls" or not value} for each in messages]
-    for other in (Conversation(messages, []), Conversation(plain, tools)):
-        # a template that rejects what is left reads the part that was left out
-        with contextlib.suppress(Exception):
-            if other != conversation and render(tokenizer, template, other, marked=False).text == text:
-                return True
-    return False

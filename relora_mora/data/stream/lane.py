@@ -5,8 +5,10 @@ The tokens of a lane are EOS, document, EOS, document, EOS, ... Block k is the `
 predicted exactly once.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,16 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, Part, parts_in_order, read_state, seeded_order
 from relora_mora.data.read import open_rows
-from relora_mora.data.rows import NOTES_PER_REASON, Encode, Encoded, in_calls, too_many_records
+from relora_mora.data.rows import Encode, Encoded, encoded_in_calls, judge_records
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.packing import Block, document_ids, with_end
+from relora_mora.data.stream.packing import Block, document_ids, scored_mask
 
 # limits of a call of the tokenizer: enough to make it cheap, and little enough that a resume repeats little
 ENCODE_ROWS = 64
 ENCODE_CHARACTERS = 1 << 15
 
 
+@dataclass
 class Lane:
     """The blocks of a lane, one after the other. ``state()`` is the position at which the next block begins.
 
@@ -31,42 +34,32 @@ class Lane:
     messages about skipped rows; the owner empties the list.
     """
 
-    def __init__(
-        self,
-        lane: int,
-        parts: Sequence[Part],
-        shards: Sequence[Shard],
-        config: DataConfig,
-        encode: Encode[Any],
-        *,
-        eos: int,
-        restored: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.lane = lane
-        self.parts = parts
-        self.shards = shards
-        self.config = config
-        self.encode = encode
-        self.eos = eos
-        self.notes: list[str] = []
+    lane: int
+    parts: Sequence[Part]
+    shards: Sequence[Shard]
+    config: DataConfig
+    encode_of: Callable[[Shard], Encode[Any]]
+    eos: int
+    restored: InitVar[Mapping[str, Any] | None] = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self, restored: Mapping[str, Any] | None) -> None:
         self._before, self._at = read_state(restored) if restored else (Cursor(), 0)
         self._after = self._before
         self._rows = self.rows(self._before)
         self._tokens = np.empty(0, np.int32)  # of the row between the two cursors, with its EOS
-        self._scored: Any = True  # which of them are, or all
-        self._last = eos  # the token before the position
+        self._scored = np.empty(0, np.bool_)  # which of them are
         if self._at:
             self._read_row()
             if self._at >= len(self._tokens):
                 raise self._other_rows(f"the document at the saved position has fewer than {self._at} tokens")
-            self._last = int(self._tokens[self._at - 1])
 
     def next_block(self) -> Block:
         """Raises SourceError when a shard has too many bad rows or cannot be read."""
         length = self.config.sequence_length + 1
         tokens = np.empty(length, np.int32)
-        scored = np.ones(length, np.bool_)
-        tokens[0] = self._last
+        scored = np.empty(length, np.bool_)
+        tokens[0] = self._tokens[self._at - 1] if self._at else self.eos
         filled = 1
         while filled < length:
             if self._at == len(self._tokens):
@@ -74,11 +67,9 @@ class Lane:
                 self._at = 0
             count = min(length - filled, len(self._tokens) - self._at)
             tokens[filled : filled + count] = self._tokens[self._at : self._at + count]
-            if self._scored is not True:
-                scored[filled : filled + count] = self._scored[self._at : self._at + count]
+            scored[filled : filled + count] = self._scored[self._at : self._at + count]
             filled += count
             self._at += count
-        self._last = int(tokens[-1])
         inputs = tokens[:-1]
         documents = document_ids(inputs, self.eos) if self.config.document_mask else np.zeros_like(inputs)
         return Block(tokens, scored[1:], documents)
@@ -94,7 +85,7 @@ class Lane:
         row, self._after = next(self._rows)
         self._tokens = np.full(len(row.ids) + 1, self.eos, np.int32)
         self._tokens[:-1] = row.ids
-        self._scored = True if row.scored is None else with_end(row.scored)
+        self._scored = scored_mask(row, "stream")
 
     def rows(self, cursor: Cursor) -> Generator[tuple[Encoded, Cursor], None, None]:
         """Endless: (row, cursor after it), from any cursor that it yielded before or that was saved.
@@ -127,36 +118,28 @@ class Lane:
                 order = seeded_order(len(block), *key)
                 remaining = [block[at] for at in reversed(order[cursor.item :])]
                 block.clear()
-                cursor = yield from self._encoded(remaining, cursor)
+                cursor = yield from self._encoded(shard, remaining, cursor)
                 bad_before = rows.bad
                 block = rows.take(size)
                 if block:
                     cursor = cursor._replace(block=cursor.block + 1, item=0, bad=bad_before)
             return cursor.after_skipping("empty_shard") if rows.is_empty else cursor
 
-    def _encoded(self, remaining: list[Any], cursor: Cursor) -> Generator[tuple[Encoded, Cursor], None, Cursor]:
+    def _encoded(
+        self, shard: Shard, remaining: list[Any], cursor: Cursor
+    ) -> Generator[tuple[Encoded, Cursor], None, Cursor]:
         """Tokenizes the rest of a block, the last row first, and counts what cannot be used."""
-        for rows in in_calls(_popped(remaining), ENCODE_ROWS, ENCODE_CHARACTERS):
-            encoded = iter(self.encode([row for row in rows if not isinstance(row, Skipped)]))
-            for row in rows:
-                result = row if isinstance(row, Skipped) else next(encoded)
-                if isinstance(result, Skipped):
-                    cursor = cursor._replace(item=cursor.item + 1).after_skipping(result.reason)
-                    if result is not row:
-                        self._check_record(result, cursor)
-                else:
-                    cursor = cursor.after_document()
-                    yield result, cursor
+        calls = encoded_in_calls(_popped(remaining), self.encode_of(shard), ENCODE_ROWS, ENCODE_CHARACTERS)
+        for row in itertools.chain.from_iterable(calls):
+            if isinstance(row, Skipped):
+                cursor = cursor._replace(item=cursor.item + 1).after_skipping(row.reason)
+                # later epochs have the same records
+                if row.reason in ENCODING_REASONS and shard.tokens is None and not cursor.epoch:
+                    judge_records(row, cursor.skipped, cursor.documents, self.config, self.notes.append)
+            else:
+                cursor = cursor.after_document()
+                yield row, cursor
         return cursor
-
-    def _check_record(self, skipped: Skipped, cursor: Cursor) -> None:
-        """Raises SourceError if too many records cannot be used, in the first epoch: others have the same records."""
-        if cursor.skipped[skipped.reason] <= NOTES_PER_REASON:
-            self.notes.append(f"{skipped.detail}; skipped")
-        bad = sum(cursor.skipped.get(reason, 0) for reason in ENCODING_REASONS)
-        limit = self.config.max_bad_fraction
-        if not cursor.epoch and (fault := too_many_records(bad, cursor.documents + bad, limit, skipped.detail)):
-            raise fault
 
     def _no_text(self, before: Cursor, now: Cursor) -> SourceError:
         counts = {reason: count - before.skipped.get(reason, 0) for reason, count in now.skipped.items()}

@@ -19,8 +19,7 @@ from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.lane import Lane
-from relora_mora.data.stream.packing import Block
-from relora_mora.data.stream.whole import WholeLane, WholeRows
+from relora_mora.data.stream.packing import Block, WholeLane, WholeRows
 from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -172,13 +171,16 @@ def _open_lanes(
         rows = WholeRows(shards, config)
         return {state_key(lane, name): WholeLane(rows, lane, work.lanes_of_all, states[lane]) for lane in states}
     parts = lane_parts(config, work.lanes_of_all, len(shards))
-    encode: Encode[Any] = list
     if all(shard.tokens for shard in shards):
         eos = shards[0].tokens.making.eos  # type: ignore[union-attr]
     else:
-        encode = encoder_of(tokenizer(), (shard.records for shard in shards), "stream", config.sequence_length)
         eos = int(tokenizer().eos_token_id)  # type: ignore[arg-type]
+    encoder = functools.cache(lambda records: encoder_of(tokenizer(), records))
+
+    def encode_of(shard: Shard) -> Encode[Any]:
+        return list if shard.tokens else encoder(shard.records)
+
     return {
-        state_key(lane, name): Lane(lane, parts[lane], shards, config, encode, eos=eos, restored=state)
+        state_key(lane, name): Lane(lane, parts[lane], shards, config, encode_of, eos=eos, restored=state)
         for lane, state in states.items()
     }

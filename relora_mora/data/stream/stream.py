@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.errors import WorkerError
 from relora_mora.data.lanes import (
+    Cursor,
     LaneStates,
     counts_of,
     lane_parts,
@@ -18,12 +19,11 @@ from relora_mora.data.lanes import (
     parts_in_order,
     read_key,
     read_state,
-    start_states,
 )
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.packing import UNSCORED, Batch
-from relora_mora.data.stream.producer import Assignment, LaneBlocks, mixture_names, produce, shards_of_source
+from relora_mora.data.stream.producer import Assignment, LaneBlocks, produce, shards_of_source
 from relora_mora.data.stream.worker import WorkerProcess
 
 
@@ -33,9 +33,8 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
     ``lanes`` is the number of lanes over all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), saved by any number of ranks and workers. ``step`` is the number
     of global batches before the next one, on which a mixture depends. The ``shards`` of rows that are packed whole must
-    be tokenized (``make.tokens_of_whole_rows``).
-    Build the stream in a thread that lives as long as the stream, because its workers end with that thread. Raises
-    SourceError for sources that cannot be read, ValueError for numbers that do not divide.
+    be tokenized (``make.tokens_of_whole_rows``). Build the stream in a thread that lives as long as the stream, because
+    its workers end with that thread. Raises SourceError for sources that cannot be read.
     """
 
     def __init__(
@@ -51,18 +50,7 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
         state: Mapping[str, Mapping[str, Any]] | None = None,
         step: int = 0,
     ) -> None:
-        if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
-            raise ValueError(
-                f"{lanes} lanes, {batch_size} sequences per batch, rank {rank} of {world_size}: "
-                "the lanes must divide the batch and the ranks the lanes; change data.lanes or train.batch_size"
-            )
-        self._start = start_states(lanes, mixture_names(config))
-        if state and set(state) != set(self._start):
-            raise SourceError(
-                f"the saved data state has {len({read_key(key)[0] for key in state})} lanes of the sources "
-                f"{sorted({read_key(key)[1] for key in state})}, and this run has {lanes} lanes of "
-                f"{sorted(mixture_names(config))}; set data.lanes, and the names in data.train, as when it started"
-            )
+        assert not batch_size % lanes and not lanes % world_size, "the settings were checked"
         self._work = Assignment(
             config=config,
             shards=shards,
@@ -125,11 +113,12 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
         """
         work = self._work
         places = []
-        for key, state in {key: before.get(key, self._start[key]) for key in after}.items():
-            if state == after[key]:
-                continue
+        for key in after:
+            state = before.get(key) or Cursor().state(offset=0)
             lane, source = read_key(key)
             cursor, offset = read_state(state)
+            if (cursor, offset) == read_state(after[key]):
+                continue
             shards = shards_of_source(work.shards, work.config, source)
             file = ""
             if packing_of(work.config, shards) == "stream":

@@ -22,18 +22,18 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from relora_mora.config.data import DataConfig
+from relora_mora.data.columns import MappedTokens
 from relora_mora.data.content import contents, samples_digest, with_versions
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.first_rows import check_columns
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, ends_of, packing_of, records_digest
-from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, JudgedRows, RecordsFound, in_calls
+from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, RecordsFound, encoded_in_calls
 from relora_mora.data.shard import TEXT, RecordFormat, Shard
 from relora_mora.data.sources import token_shards
-from relora_mora.data.stream.producer import mixture_names, shards_of_source
-from relora_mora.data.stream.whole import WholeRows
+from relora_mora.data.stream.packing import WholeRows
+from relora_mora.data.stream.producer import mixture_names
 from relora_mora.data.tokens import index
-from relora_mora.data.tokens.rows import MappedTokens
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import disk_faults_named, sync, write_synced
 from relora_mora.system.logs import log
@@ -79,36 +79,33 @@ def make_tokens(
     return index.FileStats(**counts, digest="")
 
 
-def tokens_of_whole_rows(
-    shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, cache: Path
-) -> dict[int, Shard]:
-    """The files of tokens that replace text and records which are packed whole, by the number of their shard.
+def tokens_of_whole_rows(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, cache: Path) -> list[Shard]:
+    """The shards, with files of tokens in place of text and records which are packed whole.
 
     Makes those that are missing in the folder ``cache``, in this process, and removes all other tokens from it. Logs
     how many rows can be used. Raises as :func:`make_tokens`, and SourceError if no row of a source can be used.
     """
-    replaced: dict[int, Shard] = {}
+    found = list(shards)
     folders: set[Path] = set()
     for name in mixture_names(config):
-        own = [number for number, shard in enumerate(shards) if shards_of_source([shard], config, name)]
+        own = [number for number, shard in enumerate(shards) if not config.is_mixture or shard.source == name]
         if packing_of(config, [shards[number] for number in own]) == "stream":
             continue
-        numbers = [number for number in own if shards[number].tokens is None]
-        for _, same_format in groupby(numbers, lambda number: (shards[number].source, shards[number].records)):
-            group = list(same_format)
-            first = shards[group[0]]
-            text, planned = _plan([shards[number] for number in group], config, tokenizer_path)
+        texts = [number for number in own if shards[number].tokens is None]
+        for (source, records), group in groupby(texts, lambda number: (shards[number].source, shards[number].records)):
+            numbers = list(group)
+            text, planned = _plan([shards[number] for number in numbers], config, tokenizer_path)
             key = f"{planned.model_dump_json()} {[shard.version for shard in text]}"  # also when files were written
             folder = cache / xxhash.xxh3_128_hexdigest(key.encode())
             _make(text, planned, folder, config, tokenizer_path, processes=1)
             folders.add(folder)
-            for number, shard in zip(group, token_shards(folder), strict=True):
-                replaced[number] = replace(shard, source=first.source, records=first.records)
-        with closing(WholeRows([replaced.get(number, shards[number]) for number in own], config)) as rows:
+            for number, shard in zip(numbers, token_shards(folder), strict=True):
+                found[number] = replace(shard, source=source, records=records)
+        with closing(WholeRows([found[number] for number in own], config)) as rows:
             log.info("%s%s", name and f"{name}: ", rows)
     for folder in set(cache.glob("*")) - folders:
         shutil.rmtree(folder, ignore_errors=True)
-    return replaced
+    return found
 
 
 def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> tuple[list[Shard], index.Index]:
@@ -121,8 +118,14 @@ def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> t
     shards = with_versions(shards, config.timeout_seconds)
     tokenizer = load_tokenizer(tokenizer_path)
     texts = [
-        index.SourceText(name=s.name, size=s.size, text_column=s.text_column, origin=s.origin, content=digest)
-        for s, digest in zip(shards, contents(shards), strict=True)
+        index.SourceText(
+            name=shard.name,
+            size=shard.size,
+            text_column=shard.text_column,
+            origin="hub" if shard.hub else "server" if shard.is_remote else "local",
+            content=digest,
+        )
+        for shard, digest in zip(shards, contents(shards), strict=True)
     ]
     making = index.TokenizationSpec(
         tokenizer=tokenizer_fingerprint(tokenizer_path, tokenizer),
@@ -225,16 +228,16 @@ def _begin_process(threads: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(tokenizer_path: str, records: RecordFormat | None) -> tuple[Encode[Any], Any]:
+def _encoder(tokenizer_path: str, records: RecordFormat) -> tuple[Encode[Any], Any]:
     """The function that encodes rows, and the columns of a file of them."""
     import pyarrow
 
     tokenizer = load_tokenizer(tokenizer_path)
     ids = pyarrow.uint16() if vocabulary_size(tokenizer) <= 1 << 16 else pyarrow.uint32()
     columns = {"tokens": pyarrow.list_(ids), "utf8_bytes": pyarrow.int64(), "skipped": pyarrow.string()}
-    if records is not None and not records.is_text:
+    if not records.is_text:
         columns["scored"] = pyarrow.list_(pyarrow.uint8())
-    return encoder_of(tokenizer, [records], "stream", 0), pyarrow.schema(columns)
+    return encoder_of(tokenizer, records), pyarrow.schema(columns)
 
 
 def write_tokens(
@@ -258,15 +261,11 @@ def write_tokens(
     unfinished = path.with_name(path.name + _UNFINISHED)
     with disk_faults_named(path.parent):
         with closing(open_rows(config, shard)) as opened, unfinished.open("wb") as stream:
-            assert isinstance(opened, JudgedRows), "tokens of tokens"
             with pyarrow.ipc.new_file(stream, schema) as file:
-                taken = chain.from_iterable(iter(lambda: opened.take(TEXTS_PER_CALL), []))
-                for rows in in_calls(taken, TEXTS_PER_CALL, threads * CALL_CHARACTERS):
-                    encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
-                    made = [(row, row if isinstance(row, Skipped) else next(encoded)) for row in rows]
-                    for row, tokens in made:
-                        if not isinstance(row, Skipped):
-                            found.add(tokens)
+                rows = chain.from_iterable(iter(lambda: opened.take(TEXTS_PER_CALL), []))
+                for made in encoded_in_calls(rows, encode, TEXTS_PER_CALL, threads * CALL_CHARACTERS):
+                    for row in made:
+                        found.add(row)
                     file.write_batch(_record_batch(made, schema))
                     progress(opened.progress)
             stream.flush()
@@ -276,18 +275,18 @@ def write_tokens(
     return totals_of(path)
 
 
-def _record_batch(rows: Sequence[tuple[Any, Encoded | Skipped]], schema: Any) -> Any:
-    """The columns of rows, each given as what was read and its tokens or why there are none."""
+def _record_batch(rows: Sequence[Encoded | Skipped], schema: Any) -> Any:
+    """The columns of rows."""
     import pyarrow
 
     values = []
-    for row, made in rows:
-        ids, scored, *_ = Encoded([]) if isinstance(made, Skipped) else made
+    for row in rows:
+        ids, scored, _, size = Encoded([]) if isinstance(row, Skipped) else row
         values.append(
             {
                 "tokens": np.array(ids, schema.field("tokens").type.value_type.to_pandas_dtype()),
-                "utf8_bytes": len(row.encode()) if isinstance(row, str) else 0,
-                "skipped": made.reason if isinstance(made, Skipped) else None,
+                "utf8_bytes": size or 0,
+                "skipped": row.reason if isinstance(row, Skipped) else None,
                 "scored": np.ones(len(ids), np.uint8) if scored is None else np.array(scored, np.uint8),
             }
         )

@@ -235,10 +235,9 @@ def with_whole_text(inputs: Inputs, guard: Guard) -> Inputs:
     """
     config = inputs.config
     guard.begin("tokenizing rows that are packed whole", within=READING_SECONDS)
-    made: dict[int, Shard] = from_first_rank(
+    shards: list[Shard] = from_first_rank(
         lambda: tokens_of_whole_rows(inputs.shards, config.data, config.tokenizer_path, inputs.folder.tokens)
     )
-    shards = [made.get(number, shard) for number, shard in enumerate(inputs.shards)]
     epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
     if epochs is None:
         return replace(inputs, shards=shards)

@@ -81,7 +81,7 @@ def test_columns_may_have_other_names(tokenizer, tmp_path):
     records = RecordsConfig(kind="question", columns={"question": "q", "answer": "a"})
     [shard] = resolve_shards(str(path), records=records)
     [record] = open_rows(data_config(path), shard).take(5)
-    assert record == Record(FORMS["question"][0], "a.jsonl, line 1", shard.records)
+    assert record == Record(FORMS["question"][0], "a.jsonl, line 1")
 
 
 def test_every_turn_of_the_assistant_is_scored_with_its_end(tokenizer):
@@ -123,6 +123,7 @@ BAD = [
     ("messages", {"messages": ["x"]}, "bad_record", "message 1 that lacks a role"),
     ("messages", {"messages": [{"role": "human", "content": "x"}]}, "bad_record", "than 0 and 1: {'role': 'human'"),
     ("messages", {"messages": [{"role": "user", "content": 3}]}, "bad_record", "or content of text"),
+    ("messages", {"messages": [CONVERSATION[1] | {"weight": 0.5}]}, "bad_record", "than 0 and 1: {'role': 'user'"),
     ("messages", {"messages": CONVERSATION[:2]}, "no_answer", "has no answer to learn"),
     ("sharegpt", {"conversations": [{"from": "x", "value": "x"}]}, "bad_record", "message 1 that lacks a role"),
     ("alpaca", {"instruction": None, "output": "x"}, "bad_record", 'has a "instruction" that is not text'),
@@ -142,16 +143,8 @@ def test_a_bad_record_is_reported_with_its_place(tokenizer, kind, fields, reason
     assert str(fields)[:50] in row.detail
 
 
-def test_an_answer_without_weight_is_not_learned(tokenizer, tmp_path):
+def test_weights_need_a_template_that_marks_every_answer(tokenizer, tmp_path):
     weighed = [message | {"weight": int(at != 2)} for at, message in enumerate(CONVERSATION)]
-    plain = encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template="chatml")
-    row = encoded(tokenizer, {"messages": weighed}, kind="messages", template="chatml")
-    scored = [text for is_scored, text in parts(tokenizer, plain) if is_scored]
-    assert len(scored) == 2
-    assert [text for is_scored, text in parts(tokenizer, row) if is_scored] == scored[1:]
-    assert list(row.ids) == list(plain.ids)
-    half = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "weight": 0.5}]
-    assert "'weight': 0.5" in encoded(tokenizer, {"messages": half}, kind="messages", template="chatml").detail
     path = tmp_path / "last.jinja"
     path.write_text("{% generation %}{{ messages[-1].content }}{% endgeneration %}")
     detail = encoded(tokenizer, {"messages": weighed}, kind="messages", template=str(path)).detail

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from relora_mora.config.data import RecordsConfig
-from relora_mora.config.load import load_config
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.records.encoders import record_encoder
 from relora_mora.data.records.passages import chatml
@@ -63,17 +62,6 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
     tokenizer.chat_template = LLAMA_3
     row = encoded(tokenizer, {"messages": CONVERSATION[1:3]}, kind="messages")
     assert parts(tokenizer, row)[1] == (True, " matrix </s> one</s>")
-
-
-def test_a_template_is_found_next_to_the_settings(tmp_path):
-    records = {"kind": "messages", "template": "own.jinja"}
-    data = {"train": "a", "validation": [{"source": "b", "records": records}], "records": records}
-    tree = {"model": {"config": "c"}, "tokenizer": {"path": "t"}, "train": {"run_dir": "r"}, "data": data}
-    (tmp_path / "own.jinja").write_text("x")
-    (tmp_path / "run.yaml").write_text(json.dumps(tree))
-    read = load_config(tmp_path / "run.yaml").data
-    found = [held.template for held in (read.records, read.sources("validation")[0].records) if held]
-    assert found == [str(tmp_path / "own.jinja")] * 2
 
 
 @each(
@@ -143,7 +131,7 @@ def test_a_record_that_the_template_refuses_is_reported(tokenizer, tmp_path):
         "{% generation %}x{% endgeneration %}"
     )
     held = RecordFormat.of(RecordsConfig(kind="messages", template=str(path)))
-    records = [Record({"messages": CONVERSATION[first:]}, f"row {first}", held) for first in range(2)]
+    records = [Record({"messages": CONVERSATION[first:]}, f"row {first}") for first in range(2)]
     refused, good = record_encoder(tokenizer, held)(records)
     assert refused == Skipped("template_failed")
     assert "row 0, is refused" in refused.detail

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.content import fingerprints
 from relora_mora.data.read import count_epochs, rows_in_order
 from relora_mora.data.sources import configured_shards
-from relora_mora.data.stream.packing import UNSCORED, Batch
-from relora_mora.data.stream.whole import WholeRows
-from relora_mora.tokenizer.load import load_tokenizer
-from tests.data.stream_tools import BATCH, LANES, shards_with_tokens, stream_of
+from relora_mora.data.stream.packing import UNSCORED, Batch, WholeRows
+from relora_mora.tokenizer.load import encode, load_tokenizer
+from tests.data.stream_tools import LANES, shards_with_tokens, stream_of
 from tests.tools.data_tools import data_config, write_json_lines
 from tests.tools.each import each
 
@@ -101,34 +99,6 @@ def test_every_row_of_every_source_is_learned_once_in_every_epoch(sources, token
         assert count_epochs(config, "none", lanes=LANES, epochs=epochs, shards=shards) == count * LENGTH
 
 
-def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_path):
-    """Files of different sizes: all lanes share each of them."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    sizes = {"large": 180, "small": 20}
-    rows = {name: [{"text": f"<{name} {n:03}>"} for n in range(size)] for name, size in sizes.items()}
-    given = [{"source": str(write_json_lines(tmp_path / f"{name}.jsonl", rows[name]))} for name in sizes]
-    config = _config(given, "stream", sequence_length=16)
-    steps = count_epochs(config, tokenizer_path, lanes=LANES) // (BATCH * 16)
-    lanes: list[list[int]] = [[] for _ in range(LANES)]
-    with stream_of(config, tokenizer_path) as stream:
-        for _ in range(steps):
-            for lane, labels in enumerate(next(stream).labels.unflatten(0, (LANES, -1))):
-                lanes[lane] += labels.flatten().tolist()
-    texts = [text.strip() for tokens in lanes for text in tokenizer.decode(tokens).split("</s>")]
-    seen = Counter(text for text in texts if text.startswith("<") and text.endswith(">"))
-    assert max(seen.values()) <= 2
-    assert len(seen) >= 0.9 * sum(sizes.values())
-    for name, size in sizes.items():
-        assert abs(sum(count for text, count in seen.items() if name in text) - size) <= 2 * LANES
-
-
-def test_a_mixture_of_the_same_sources_is_other_data(sources, tokenizer_path):
-    given = {"tokenizer_fingerprint": "x", "batch_lanes": LANES, "tokenizer": load_tokenizer(tokenizer_path)}
-    configs = (_config(sources), _config(sources, concatenate=False))
-    found = {fingerprints(each, shards=configured_shards(each, "train"), **given)[0] for each in configs}
-    assert len(found) == 2
-
-
 def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path, caplog):
     rows = [{"prompt": "the", "completion": f" {number}" + " matrix" * (1 + number % 3)} for number in range(20)]
     rows[3]["completion"] = ""
@@ -148,7 +118,9 @@ def test_a_stream_whose_lanes_have_unequal_shares_causes_a_warning(tokenizer_pat
     for part, size in enumerate((90, 10)):
         write_json_lines(tmp_path / f"part-{part}.jsonl", [{"text": "the rank"}] * size)
     config = data_config(tmp_path / "*.jsonl", sequence_length=LENGTH)
-    count_epochs(config.model_copy(update={"concatenate": True}), tokenizer_path, lanes=LANES)
+    shared = config.model_copy(update={"concatenate": True})  # then all lanes share each file
+    [ids] = encode(load_tokenizer(tokenizer_path), ["the rank"])
+    assert count_epochs(shared, tokenizer_path, lanes=LANES, epochs=2.5) == 250 * (len(ids) + 1)
     assert not caplog.messages
     count_epochs(config, tokenizer_path, lanes=LANES)
     [message] = caplog.messages

@@ -9,7 +9,7 @@ import torch
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
-from relora_mora.data.lanes import counts_of, merge_states
+from relora_mora.data.lanes import counts_of
 from relora_mora.data.stream.packing import document_ids
 from tests.data.stream_tools import steps_of, stream_of
 from tests.tools.data_tools import data_config, line, some_texts, write_json_lines, write_parquet, write_shard
@@ -140,22 +140,6 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path, workers):
     assert counts["retries"] == 0
     # the same names on every rank, no matter what each has read, because sums over ranks rely on that
     assert list(counts) == ["documents", "epoch", "bad", *(f"skipped/{kind}" for kind in SKIP_REASONS), "retries"]
-
-
-def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokenizer_path):
-    config = _config(folder, ".json.gz")
-    with stream_of(config, tokenizer_path) as stream:
-        state = next(stream).state
-    for ranks, lanes, saved, message in (
-        (1, 5, None, "lanes must divide the batch"),
-        (8, 4, None, "the ranks the lanes"),
-        (1, 8, state, "has 4 lanes .*, and this run has 8"),
-        (1, 4, {f"{key}/novels": value for key, value in state.items()}, r"sources \['novels'\], and .*data\.train"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            stream_of(config, tokenizer_path, 0, ranks, lanes=lanes, state=saved)
-    with pytest.raises(ValueError, match="lane 0 is in the data state of two ranks"):
-        merge_states([state, state])
 
 
 @each(

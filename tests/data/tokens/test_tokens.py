@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from relora_mora.data.columns import MappedTokens
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.read import iter_texts, open_rows
@@ -15,7 +16,6 @@ from relora_mora.data.rows import Encoded
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.tokens import make
 from relora_mora.data.tokens.index import INDEX
-from relora_mora.data.tokens.rows import MappedTokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.stream_tools import steps_of, stream_of
 from tests.tools.data_tools import (
@@ -211,7 +211,7 @@ def test_large_ids_and_rows_without_tokens_survive_writing_and_reading(tmp_path)
     schema = pyarrow.schema(columns)
     with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), schema) as file:
         for first in range(0, 95, 10):
-            file.write_batch(make._record_batch([("text", row) for row in rows[first : first + 10]], schema))
+            file.write_batch(make._record_batch(rows[first : first + 10], schema))
     tokens = MappedTokens(str(tmp_path / "a.arrow"))
     assert tokens.rows == 95
     for number in (*range(95), 60, 94, 3):
