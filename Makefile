@@ -147,6 +147,8 @@ AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
 	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
+# torch>=2.9 becomes torch==2.9.*
+OLDEST := sed -nE '/^install_requires/,/^$$/ s/^ +([A-Za-z0-9_-]+)>=([0-9.]+).*/\1==\2.*/p' setup.cfg
 VERSION_TESTS := tests/grid tests/engine/test_resets.py tests/engine/test_stages.py
 test-newest:  ## unit, resume, reset and golden tests with the newest packages that are allowed, in .venv-newest
 	@$(MAKE) --no-print-directory versions KIND=newest
@@ -154,7 +156,7 @@ test-oldest:  ## the same with the oldest, in .venv-oldest
 	@$(MAKE) --no-print-directory versions KIND=oldest
 versions:
 	$(PYTHON) -m venv --clear .venv-$(KIND)
-	$(if $(filter oldest,$(KIND)),$(PYTHON) tests/tools/oldest.py,printf '') > .venv-$(KIND)/constraints.txt
+	$(if $(filter oldest,$(KIND)),$(OLDEST),printf '') > .venv-$(KIND)/constraints.txt
 	.venv-$(KIND)/bin/python -m pip install --quiet --constraint .venv-$(KIND)/constraints.txt --editable '.[dev]'
 	.venv-$(KIND)/bin/python -m pip list --format=freeze
 	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not ($(LONG))"
