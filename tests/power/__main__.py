@@ -6,37 +6,30 @@ The exit code is 1 if a fault is not found any more.
 """
 
 import argparse
-import itertools
 import os
 import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from tests.tools.helpers import KERNELS, ROOT, worktree
+from tests.tools.jobs import Started
 
 LIST = Path(__file__).with_name("faults.yaml")
 LAYERS = ("test", "all", None)  # make test, longer targets only, no test
-HANG_SECONDS = 300  # for a test that is known to find a fault
+HANG_SECONDS = float(os.environ.get("HANG_SECONDS", "300"))  # for a test that is known to find a fault
 LONGEST_SECONDS = 7200
 
 Fault = dict[str, Any]
-
-
-class Result(NamedTuple):
-    passed: bool
-    failed: list[str]  # node ids; of a run that hung or crashed, that of the test that was running
-    output: str
 
 
 def main() -> None:
@@ -56,14 +49,14 @@ def main() -> None:
         raise SystemExit(f"--only={options.only}: no fault that a test finds has this name; {LIST} has the names")
     if options.sample is not None:
         chosen = random.sample(chosen, min(options.sample, len(chosen)))
-    tests = {fault["name"]: shlex.split(options.tests or f"-m '' '{fault['found_by']}'") for fault in chosen}
     lost = []
     with current() as checkout:
-        without_fault = run_tests(checkout, list(dict.fromkeys(itertools.chain(*tests.values()))))
-        if not without_fault.passed:
-            raise SystemExit(f"{without_fault.output}\nfailed without a fault: {', '.join(without_fault.failed)}")
+        given = shlex.split(options.tests or "")
+        tests = given or ["-m", "", *dict.fromkeys(fault["found_by"] for fault in chosen)]
+        if failure := first_failure(checkout, tests, LONGEST_SECONDS):
+            raise SystemExit(f"failed without a fault: {failure}")
         for fault in chosen:
-            found_by = find(checkout, fault, tests[fault["name"]])
+            found_by = find(checkout, fault, given or ["-m", "", fault["found_by"]])
             print(f"{fault['name']}: {found_by or 'not found'}", flush=True)
             if found_by is None:
                 lost.append(fault["name"])
@@ -93,43 +86,33 @@ def current() -> Iterator[Path]:
         yield checkout
 
 
-def find(checkout: Path, fault: Fault, tests: Sequence[str]) -> str | None:
+def find(checkout: Path, fault: Fault, tests: list[str]) -> str | None:
     """The first test that fails with a fault; None if all of them pass."""
     path = checkout / fault["file"]
     before = path.read_text(encoding="utf-8")
     path.write_text(before.replace(fault["find"], fault["replace"]), encoding="utf-8")
     try:
-        result = run_tests(checkout, tests, HANG_SECONDS)
+        return first_failure(checkout, tests, HANG_SECONDS)
     finally:
         path.write_text(before, encoding="utf-8")
-    if not (result.passed or result.failed):
-        raise SystemExit(f"{result.output}\n{fault['name']}: pytest did not run")
-    return result.failed[0] if result.failed else None
 
 
-def run_tests(checkout: Path, tests: Sequence[str], seconds: float = LONGEST_SECONDS) -> Result:
-    """Runs pytest up to the first failure. A test that takes too long or crashes has failed."""
+def first_failure(checkout: Path, tests: list[str], seconds: float) -> str | None:
+    """The first test that fails; of a run that hangs or crashes, what it said last. None if all tests pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        started = Started(Path(folder, "log"), command, {**os.environ, "PYTHONPATH": str(checkout)}, checkout)
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            code: int | str = started.wait(seconds)
+        except AssertionError:
+            code = f"a hang of {seconds:.0f} s"
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        log.seek(0)
-        output = log.read()
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
-    if code != 0 and not failed:
-        began = r"^(tests/\S+::(?!.* (?:PASSED|SKIPPED) ).*?) *(?:Fatal Python error.*)?$"  # named when it begins
-        failed = re.findall(began, output, re.MULTILINE)[-1:]
-    return Result(code == 0, failed, output[-5000:])
+            started.kill()
+        output = started.output
+    if code in (4, 5):  # a usage error, or no tests
+        raise SystemExit(f"{output}\npytest did not run")
+    named = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
+    return None if code == 0 else named[0] if named else f"{code}: {output[-300:]}"
 
 
 if __name__ == "__main__":
