@@ -6,23 +6,24 @@ The exit code is 1 if a fault is not found any more.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import yaml
 
-from tests.tools.helpers import KERNELS, ROOT, worktree
-from tests.tools.jobs import Started
+from tests.tools.helpers import KERNELS, ROOT, wait_until, worktree
 
 LIST = Path(__file__).with_name("faults.yaml")
 LAYERS = ("test", "all", None)  # make test, longer targets only, no test
@@ -49,6 +50,9 @@ def main() -> None:
         raise SystemExit(f"--only={options.only}: no fault that a test finds has this name; {LIST} has the names")
     if options.sample is not None:
         chosen = random.sample(chosen, min(options.sample, len(chosen)))
+    # every run of pytest is forked from this process, and importing this takes it longer than most of the tests
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     lost = []
     with current() as checkout:
         given = shlex.split(options.tests or "")
@@ -76,7 +80,7 @@ def occurrences(fault: Fault, checkout: Path) -> int:
     return path.read_text(encoding="utf-8").count(fault["find"]) if path.exists() else 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def current() -> Iterator[Path]:
     """A checkout of the tracked files as they are now, also of changes that are not committed."""
     stash = subprocess.run(["git", "-C", ROOT, "stash", "create"], check=True, capture_output=True, text=True)
@@ -99,20 +103,37 @@ def find(checkout: Path, fault: Fault, tests: list[str]) -> str | None:
 
 def first_failure(checkout: Path, tests: list[str], seconds: float) -> str | None:
     """The first test that fails; of a run that hangs or crashes, what it said last. None if all tests pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]
-    with tempfile.TemporaryDirectory() as folder:
-        started = Started(Path(folder, "log"), command, {**os.environ, "PYTHONPATH": str(checkout)}, checkout)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = os.fork()
+        if process == 0:
+            run_tests(checkout, tests, log.fileno())
         try:
-            code: int | str = started.wait(seconds)
-        except AssertionError:
-            code = f"a hang of {seconds:.0f} s"
-        finally:
-            started.kill()
-        output = started.output
-    if code in (4, 5):  # a usage error, or no tests
+            status = wait_until(lambda: (ended := os.waitpid(process, os.WNOHANG))[0] and ended, seconds)[1]
+            what = f"exit code {os.waitstatus_to_exitcode(status)}"
+        except AssertionError as hang:
+            status, what = None, str(hang)
+        with contextlib.suppress(ProcessLookupError):  # what it has started, too
+            os.killpg(process, signal.SIGKILL)
+        log.seek(0)
+        output = log.read()
+    if what in ("exit code 4", "exit code 5"):  # a usage error, or no tests
         raise SystemExit(f"{output}\npytest did not run")
     named = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
-    return None if code == 0 else named[0] if named else f"{code}: {output[-300:]}"
+    return None if status == 0 else named[0] if named else f"{what}: {output[-300:]}"
+
+
+def run_tests(checkout: Path, tests: list[str], log: int) -> NoReturn:
+    """In a process that was forked: pytest on a checkout, none of whose modules are imported yet."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.chdir(checkout)
+    os.environ["PYTHONPATH"] = str(checkout)
+    sys.path[:] = [str(checkout), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.dont_write_bytecode = True  # a file with a fault may have the size and the second of the one before
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    os._exit(pytest.main(["-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]))
 
 
 if __name__ == "__main__":
