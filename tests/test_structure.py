@@ -37,27 +37,31 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
 def _imports(path: Path) -> set[str]:
+    """The dotted names of what a file imports, also inside functions and for types only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def _files() -> list[tuple[str, Path]]:
-    """(module of the written order, file) of every file of the package"""
-    return [
-        (path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path)
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if path != PACKAGE / "__init__.py"
-    ]
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+# (room, file) of every file of the package
+FILES = [
+    (path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+]
 
 
 def test_every_room_has_a_layer():
-    assert {module for module, _ in _files()} == set(LAYER)
+    assert {module for module, _ in FILES} == set(LAYER)
 
 
 def test_contributing_shows_every_module_in_its_room():
@@ -74,48 +78,38 @@ def test_contributing_shows_every_module_in_its_room():
             continue
         room = f"{room.partition('/')[0]}/{name[:-1]}" if line.startswith("    ") else name[:-1]
         shown |= {f"{room}/{module}" for module in modules}
-    files = (path.relative_to(PACKAGE).with_suffix("") for _, path in _files())
+    files = (path.relative_to(PACKAGE).with_suffix("") for _, path in FILES)
     assert shown == {path.as_posix() for path in files if path.name != "__init__"}
 
 
 def test_modules_import_only_lower_layers():
     wrong = []
-    for module, path in _files():
+    for room, path in FILES:
         for name in _imports(path):
-            if name.startswith("relora_mora."):
-                other = name.split(".")[1]
-                if other != module and LAYER[other] >= LAYER[module]:
-                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+            package, _, module = name.partition(".")
+            other = module.partition(".")[0]
+            if package == "relora_mora" and other in LAYER and other != room and LAYER[other] >= LAYER[room]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert wrong == []
 
 
-def _names(path: Path) -> str:
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _imported_files(path: Path, files: dict[str, Path]) -> set[str]:
-    """Files of the package that one imports, also inside functions and for types only; the ``__init__`` above itself
-    does not count."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module in files:
-            modules = {f"{node.module}.{alias.name}" for alias in node.names} & set(files)
-            above = _names(path).startswith(f"{node.module}.")
-            found |= modules or (set() if above else {node.module})
-    return found - {_names(path)}
-
-
 def test_no_files_import_each_other():
-    files = {_names(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-    graph = {name: _imported_files(path, files) for name, path in files.items()}
+    """The ``__init__`` above a file does not count."""
+    modules = {_module(path): path for _, path in FILES}
+    graph = {
+        module: {
+            found
+            for name in _imports(path)
+            for found in [name if name in modules else name.rpartition(".")[0]]
+            if found in modules and not module.startswith(f"{found}.") and found != module
+        }
+        for module, path in modules.items()
+    }
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the files
 
 
 def test_only_the_engine_imports_deepspeed():
-    importers = {
-        module for module, path in _files() if any(name.split(".")[0] == "deepspeed" for name in _imports(path))
-    }
+    importers = {module for module, path in FILES if any(name.split(".")[0] == "deepspeed" for name in _imports(path))}
     assert importers == {"engine"}
 
 
@@ -139,13 +133,13 @@ def test_one_function_decides_between_cpu_and_gpu():
 def test_what_a_room_does_not_need_is_not_imported(package: str, rooms: str):
     paths = [PACKAGE / room for room in rooms.split()]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
-    code = f"import sys, {', '.join(map(_names, files))}; print({package!r} in sys.modules)"
+    code = f"import sys, {', '.join(map(_module, files))}; print({package!r} in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
 
 
 def test_the_package_never_imports_the_scripts():
-    for _, path in _files():
+    for _, path in FILES:
         assert not {name.split(".")[0] for name in _imports(path)} & {"launch", "tests"}
 
 
@@ -157,7 +151,7 @@ def test_no_test_module_imports_another():
         f"{path.relative_to(ROOT)} imports {name}"
         for path in tests
         for name in _imports(path)
-        if name.startswith("tests.") and name.split(".")[-1].startswith("test_")
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))
     ]
     assert importing == []
 

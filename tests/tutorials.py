@@ -1,4 +1,9 @@
-"""The tutorials and the notebook do what they say, with changes that make them short: `make test-extras`."""
+"""The tutorials and the notebook do what they say, with changes that make them short: `make test-extras`.
+
+All blocks of commands and Python of a tutorial run in order, in an empty folder. A block without a language after them
+is output that the page shows: each of its lines must appear in the output of the block before it, with other numbers.
+``<!-- Ctrl-C after: TEXT -->`` before a block of commands says that the reader presses Ctrl-C when TEXT appears.
+"""
 
 import contextlib
 import importlib.util
@@ -6,13 +11,20 @@ import io
 import json
 import os
 import re
+import shlex
+import signal
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from relora_mora.cli.command import INTERRUPTED, run
+from relora_mora.commands import main_of
+from relora_mora.supervise.exits import REQUEUE
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.commands import call, module_of
 from tests.tools.helpers import ROOT
@@ -21,20 +33,93 @@ from tests.tools.pool import Pools
 from tests.tools.ports import free_port
 from tests.tools.runs import LLAMA, logged_steps, logged_values
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
-from tests.tools.tutorials import follow
 from tests.tools.upload_hub import TOKEN, upload_hub
 
 pytestmark = pytest.mark.distributed
 SMOLLM2 = "examples/smollm2.py"
 NOTEBOOK = ROOT / "examples" / "tiny_remora.ipynb"
 EXTRAS = all(importlib.util.find_spec(name) for name in module_of(SMOLLM2).PACKAGES)
+_BLOCK = re.compile(r"(?:^<!-- Ctrl-C after: ([^\n]+) -->\n\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_NUMBER = re.compile(r"\b[0-9a-f]{16}\b|[-+]?\d[\d.,:]*(?:e[-+]?\d+)?")
 
 
-def follow_page(pools: Pools, name: str, folder: Path, changes: Mapping[str, str]) -> list[str]:
-    """The outputs of a page's blocks."""
+class Block(NamedTuple):
+    """A fenced block; ``stop``: the text after which the reader presses Ctrl-C, or empty."""
+
+    stop: str
+    language: str
+    text: str
+
+
+class Keys(io.StringIO):
+    """What a command prints, on both streams. Ctrl-C is pressed after the line with ``stop``."""
+
+    def __init__(self, stop: str) -> None:
+        super().__init__()
+        self.stop = stop
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if self.stop and text.endswith("\n") and self.stop in self.getvalue():
+            self.stop = ""
+            os.kill(os.getpid(), signal.SIGINT)
+        return written
+
+
+def follow(name: str, folder: Path, changes: Mapping[str, str], **environment: str) -> list[str]:
+    """Runs in a process of a pool: does what a page says, after ``changes`` that make it short. Returns the output of
+    each block that ran."""
     page = (ROOT / "docs" / "tutorials" / name).read_text(encoding="utf-8")
-    [outputs] = pools(1)(follow, page, folder, changes)
-    return list(outputs)
+    for old, new in changes.items():
+        assert old in page, f"the page does not have {old}"
+        page = page.replace(old, new)
+    outputs: list[str] = []
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with contextlib.chdir(folder), mock.patch.dict(os.environ, environment):
+        for block in map(Block._make, _BLOCK.findall(page)):
+            if block.language == "bash":
+                outputs.append(_commands(block))
+            elif block.language == "python":
+                outputs.append(_python(block, names))
+            elif not block.language:
+                missing = (
+                    set(map(_shape, block.text.splitlines())) - set(map(_shape, outputs[-1].splitlines())) - {"..."}
+                )
+                assert not missing, f"the page shows\n{missing}\nbut the output is\n{outputs[-1]}"
+    return outputs
+
+
+def _shape(line: str) -> str:
+    return " ".join(_NUMBER.sub("#", line).split())
+
+
+def _commands(block: Block) -> str:
+    """Commands of relora-mora run in this process, which has imported torch already; all others in a shell."""
+    if "relora-mora" not in block.text:
+        return subprocess.run(["bash", "-euc", block.text], check=True, capture_output=True, text=True).stdout
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return "".join(_command(line, block.stop) for line in lines if line)
+
+
+def _command(line: str, stop: str) -> str:
+    program, name, *arguments = shlex.split(line, comments=True)
+    assert program == "relora-mora", line
+    keys = Keys(stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new process; a finished trainer ignores it
+    with contextlib.redirect_stdout(keys), contextlib.redirect_stderr(keys):
+        try:
+            run(main_of(name), arguments, name=f"relora-mora {name}")
+        except SystemExit as end:
+            code = end.code
+    assert code in ((REQUEUE, INTERRUPTED) if stop else (0,)), f"{line} ended with {code}\n{keys.getvalue()}"
+    return keys.getvalue()
+
+
+def _python(block: Block, names: dict[str, Any]) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(block.text, "the page", "exec"), names)
+    return out.getvalue()
 
 
 def test_pretrain_on_your_own_text(pools: Pools, tmp_path: Path) -> None:
@@ -50,7 +135,7 @@ def test_pretrain_on_your_own_text(pools: Pools, tmp_path: Path) -> None:
         "Ctrl-C after: step 100:": "Ctrl-C after: step 10:",
         "board runs": f"board runs --port={free_port()}",
     }
-    follow_page(pools, "pretrain.md", tmp_path, changes)
+    pools(1)(follow, "pretrain.md", tmp_path, changes)
     run = tmp_path / "runs" / "mine"
     stopped, finished = ends(run)
     assert (stopped["code"], finished["code"]) == (75, 0)
@@ -66,13 +151,7 @@ def test_remora_in_your_own_loop(pools: Pools, tmp_path: Path) -> None:
         '"hidden_size": 128, "intermediate_size": 256': '"hidden_size": 32, "intermediate_size": 64',
         "rank=16": "rank=4",
     }
-    follow_page(pools, "loop.md", tmp_path, changes)
-
-
-def follow_with_hub(page: str, folder: Path, changes: Mapping[str, str], url: str) -> list[str]:
-    """Runs in a process of a pool: :func:`follow` for somebody who is logged in to the hub at ``url``."""
-    with mock.patch.dict(os.environ, {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN}):
-        return follow(page, folder, changes)
+    pools(1)(follow, "loop.md", tmp_path, changes)
 
 
 def test_from_smollm2_and_text_to_a_model_on_the_hub(pools: Pools, tmp_path: Path) -> None:
@@ -104,9 +183,8 @@ def test_from_smollm2_and_text_to_a_model_on_the_hub(pools: Pools, tmp_path: Pat
         "max_tokens=4096": "max_tokens=64",
         "batch_size: 4 # sequences\n  micro_batch_size: 4": "batch_size: 1\n  micro_batch_size: 1",
     }
-    page = (ROOT / "docs" / "tutorials" / "smollm2.md").read_text(encoding="utf-8")
     with upload_hub() as hub:
-        [outputs] = pools(1)(follow_with_hub, page, folder, changes, hub.url)
+        [outputs] = pools(1)(follow, "smollm2.md", folder, changes, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
     before, after = ([], [])
     for name in ("plain", "replay", "extended"):
         lines = read_json_lines(RunFolder(folder / "runs" / name).metrics)

@@ -11,19 +11,19 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 import pytest
 
+from tests.tools.helpers import wait_until
 from tests.tools.jobs import command_of, lives
 
 NAMES = ("node1", "node2")
 NEEDED = ("unshare", "nsenter", "setpriv", "mount", "ip", "sshd", "ssh-keygen", "pdsh")
-_OF_A_RUN = ("launch/pretrain.py", "follower.py", "paced.py", "relora_mora.data.stream.worker", "deepspeed", "torchrun")
+_OF_A_RUN = ("launch/pretrain.py", "changed_run.py", "relora_mora.data.stream.worker", "deepspeed", "torchrun")
 _NAMESPACES = "unshare --net --uts --mount --pid --fork"
 _BOOT = """
 set -e
@@ -84,7 +84,7 @@ class Host:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_until(lambda: (folder / f"{name}.up").exists(), 10, f"{name} does not come up")
+        wait_until(lambda: (folder / f"{name}.up").exists(), 10, lambda: f"{name} does not come up")
         [init] = psutil.Process(self._unshare.pid).children()
         self.init = init.pid
         self._space = _pid_namespace(self.init)
@@ -202,12 +202,3 @@ class Pair:
 
 def _pid_namespace(pid: int) -> Path:
     return Path(f"/proc/{pid}/ns/pid").readlink()
-
-
-def wait_until(true: Callable[[], Any], seconds: float, otherwise: str | Callable[[], str]) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"after {seconds:.0f} s: {otherwise if isinstance(otherwise, str) else otherwise()}")
-        time.sleep(0.1)
-    return value

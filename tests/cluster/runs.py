@@ -13,8 +13,8 @@ from tests.tools.jobs import BIN, Started, write_config
 from tests.tools.runs import checkpoint_at, logged_steps, metrics, run_config, tensors
 
 STEPS, MERGES, SAVE_EVERY = 75, [30, 60], 10
-PRETRAIN, FOLLOWER = "launch/pretrain.py", "tests/cluster/follower.py"
-# what a user of CPUs sets, and where follower.py finds this checkout; a login sets the rest
+PRETRAIN = "launch/pretrain.py"
+# what a user of CPUs sets, and where a script finds this checkout; a login sets the rest
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -43,29 +43,30 @@ class Command(Started):
         super().__init__(log, inside, kept | ENVIRONMENT | environment)
 
 
-def deepspeed(host: Host, config: Path, *arguments: str, **environment: str) -> Command:
-    """The ``deepspeed`` command; ``--hostfile=...`` is among the arguments, and the script and its own come last."""
-    return Command(host, config.parent / "deepspeed.log", str(BIN / "deepspeed"), *arguments, **environment)
+def deepspeed(host: Host, config: Path, home: Path) -> Command:
+    """A run with a rank on each host, by a user with this home folder."""
+    (home / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    (home / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
+    user = {"HOME": str(home), "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"}
+    words = (str(BIN / "deepspeed"), f"--hostfile={home / 'hostfile'}", PRETRAIN, str(config))
+    return Command(host, config.parent / "deepspeed.log", *words, **user)
 
 
-def on_one_host(host: Host, config: Path, ranks: int) -> Command:
-    """With torchrun; what the ranks train on is written to ``followed`` next to the configuration."""
-    launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}", FOLLOWER]
-    log = config.parent / "one_host.log"
-    return Command(host, log, *launcher, str(config), FOLLOWED=str(config.parent / "followed"))
-
-
-def torchrun(host: Host, config: Path) -> Command:
-    """What each host of a job of two starts."""
-    rendezvous = [
+def torchrun(host: Host, config: Path, *options: str) -> Command:
+    """What one host starts; without options, of a job of two."""
+    both = (
         "--nnodes=2",
         "--nproc_per_node=1",
         "--rdzv_backend=c10d",
         "--rdzv_endpoint=node1:29500",
         "--rdzv_id=remora",
-    ]
+    )
     log = config.parent / f"torchrun.{host.name}.log"
-    return Command(host, log, str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config))
+    return Command(host, log, str(BIN / "torchrun"), *(options or both), PRETRAIN, str(config))
+
+
+def on_one_host(host: Host, config: Path, ranks: int) -> Command:
+    return torchrun(host, config, "--master_port=29501", f"--nproc_per_node={ranks}")
 
 
 def starts(run_dir: Path) -> list[int]:
@@ -78,16 +79,6 @@ def losses(run_dir: Path) -> list[float]:
     lines = [line for line in metrics(run_dir) if "train/loss" in line]  # once: the run may still write
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["train/loss"] for line in lines]
-
-
-def followed(prefix: Path) -> dict[int, list[str]]:
-    """What follower.py wrote for FOLLOWED=prefix: the global batch of each step, as sorted hashes of its sequences."""
-    batches: dict[int, list[str]] = {}
-    for path in sorted(prefix.parent.glob(f"{prefix.name}.*-of-*")):
-        for line in path.read_text().splitlines():
-            step, hashes = json.loads(line)
-            batches.setdefault(step, []).extend(hashes)
-    return {step: sorted(hashes) for step, hashes in sorted(batches.items())}
 
 
 def same_end(first: Path, second: Path) -> bool:

@@ -4,8 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from tests.cluster.hosts import NAMES, Host, Pair, wait_until
+from tests.cluster.hosts import NAMES, Host, Pair
 from tests.cluster.runs import ENVIRONMENT
+from tests.tools.helpers import wait_until
 from tests.tools.jobs import command_of
 
 NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged")

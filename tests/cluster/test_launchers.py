@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.runs import PRETRAIN, deepspeed, same_end, torchrun
+from tests.cluster.runs import deepspeed, same_end, torchrun
 from tests.tools.grids import rest
 
 pytestmark = pytest.mark.cluster
@@ -11,13 +11,8 @@ pytestmark = pytest.mark.cluster
 @pytest.mark.parametrize("stage", [3, *rest((2,), mark="long")])
 def test_deepspeed_trains_across_both_hosts(pair, make, reference, tmp_path, stage):
     config = make(stage)
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    (tmp_path / ".deepspeed_env").write_text(
-        "DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n"
-    )  # in the home folder
     before = pair.hosts[1].sent_bytes()
-    job = deepspeed(pair.hosts[0], config, f"--hostfile={hostfile}", PRETRAIN, str(config), HOME=str(tmp_path))
+    job = deepspeed(pair.hosts[0], config, tmp_path)
     job.wait_for_step(config.parent / "run", 1)
     assert pair.hosts[0].rank(0).pid
     assert pair.hosts[1].rank(1).pid

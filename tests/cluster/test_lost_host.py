@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.cluster.runs import FOLLOWER, SAVE_EVERY, STEPS, deepspeed, followed, losses, on_one_host
+from tests.cluster.runs import SAVE_EVERY, STEPS, deepspeed, losses, on_one_host, starts
 from tests.tools.jobs import ends, last_step
 
 pytestmark = pytest.mark.cluster
@@ -14,13 +14,8 @@ ALLOWED = 10.0  # train.peer_timeout_seconds
 def test_a_cut_link_ends_the_job_on_both_hosts_and_one_host_continues(pair, make, reference, tmp_path):
     config = make(2, peer_timeout_seconds=ALLOWED)
     run_dir = config.parent / "run"
-    (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
-    (tmp_path / ".deepspeed_env").write_text(
-        f"DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nFOLLOWED={config.parent / 'before'}\n"
-    )
     first, second = pair
-    user = {"HOME": str(tmp_path), "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"}
-    job = deepspeed(first, config, f"--hostfile={tmp_path / 'hostfile'}", FOLLOWER, str(config), **user)
+    job = deepspeed(first, config, tmp_path)
     job.wait_for_step(run_dir, 35)  # after a merge
     second.link("down")
     begin = time.monotonic()
@@ -29,13 +24,9 @@ def test_a_cut_link_ends_the_job_on_both_hosts_and_one_host_continues(pair, make
     print(f"ended {time.monotonic() - begin:.1f} s after the cut")
     found = {end["host"]: (end["code"], end["reason"].partition(" (")[0]) for end in ends(run_dir)}
     assert found == {"node1": (69, "rank 1 is gone"), "node2": (69, "rank 0 is gone")}  # for each it is the other
-    before, trained = followed(config.parent / "before"), last_step(run_dir)
+    trained = last_step(run_dir)
     assert 35 <= trained < STEPS
     again = on_one_host(first, config, ranks=1)  # the link stays down
     assert again.wait() == 0, again.output
-    after, expected = followed(config.parent / "followed"), followed(reference(2) / "followed")
-    assert list(expected) == list(range(1, STEPS + 1))
-    assert list(after) == list(range(trained // SAVE_EVERY * SAVE_EVERY + 1, STEPS + 1))
-    assert after == {step: expected[step] for step in after}
-    assert all(before[step] == expected[step] for step in range(1, trained + 1))
-    assert losses(run_dir) == pytest.approx(losses(reference(2) / "run"), rel=1e-5)
+    assert starts(run_dir) == [0, trained // SAVE_EVERY * SAVE_EVERY]
+    assert losses(run_dir) == pytest.approx(losses(reference(2) / "run"), rel=1e-5)  # of the same batches

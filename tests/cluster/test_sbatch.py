@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -76,64 +75,46 @@ shift
 PROGRAMS = {"srun": SRUN, "scontrol": SCONTROL, "sleep": SLEEP, "python": TRAINER, "apptainer": APPTAINER}
 
 
-@dataclass
-class Slurm:
-    """A cluster without Slurm: ``start`` is one start of the job on it."""
+def start(
+    folder: Path, *arguments: str, codes: str = "0 0", saves: object = "", restarts: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A start of the job, with the arguments of RUN if none are given, on a cluster without Slurm.
 
-    folder: Path
-    restarts: int = 0
-
-    def start(
-        self, *arguments: str, codes: str = "0 0", saves: int | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """With the arguments of RUN if none are given; ``saves`` is the step that the trainer saves."""
-        variables = {
-            "SLURM_JOB_ID": "123456",
-            "SLURM_JOB_NODELIST": "n[1-2]",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_USER": "user",
-            "SLURM_CPUS_PER_TASK": "8",
-            "SLURM_NTASKS": str(len(codes.split())),
-            "SLURM_NTASKS_PER_NODE": "1",
-            "SLURM_SUBMIT_DIR": str(self.folder),
-            "SLURM_SUBMIT_HOST": "login1",
-            "PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin",
-            "PYTHON": "python",
-            "PYTHONPATH": str(ROOT),
-            "CODES": codes,
-            "SAVES": "" if saves is None else str(saves),
-            "STARTS": str(self.restarts),
-        }
-        self.restarts += 1
-        (self.folder / "ended").unlink(missing_ok=True)
-        done = subprocess.run(
-            ["bash", SCRIPT, *(arguments or RUN)],
-            env=variables | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        print(done.stdout, done.stderr)
-        return done
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> Slurm:
-    return cluster_at(tmp_path)
-
-
-def cluster_at(folder: Path) -> Slurm:
-    (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "bin").mkdir()
+    ``codes`` are those of the tasks, and ``saves`` is the step that the trainer saves.
+    """
+    (folder / "bin").mkdir(exist_ok=True)
     for name, text in PROGRAMS.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
-    return Slurm(folder)
+    if not (folder / "configs").exists():
+        (folder / "configs").symlink_to(ROOT / "configs")
+    variables = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_USER": "user",
+        "SLURM_CPUS_PER_TASK": "8",
+        "SLURM_NTASKS": str(len(codes.split())),
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_SUBMIT_HOST": "login1",
+        "PATH": f"{folder / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+        "PYTHON": "python",
+        "PYTHONPATH": str(ROOT),
+        "CODES": codes,
+        "SAVES": str(saves),
+        "STARTS": str(restarts),
+    }
+    (folder / "ended").unlink(missing_ok=True)
+    command = ["bash", SCRIPT, *(arguments or RUN)]
+    done = subprocess.run(command, env=variables | environment, capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr)
+    return done
 
 
-def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> None:
+def test_every_task_gets_its_rank_and_is_the_trainer_itself(tmp_path: Path) -> None:
     called = f"launch/pretrain.py {CONFIG} --method.operators=[1, 2] --train.micro_batch_size=4"
-    done = slurm.start(CONFIG, "--method.operators=[1, 2]", "--train.micro_batch_size=4", codes="0 0 0 0")
+    done = start(tmp_path, CONFIG, "--method.operators=[1, 2]", "--train.micro_batch_size=4", codes="0 0 0 0")
     assert done.returncode == 0
     process = dict(re.findall(r"^task (\d) is process (\d+)$", done.stdout, re.MULTILINE))
     tasks = [re.sub(r":\d+ with", " with", line) for line in done.stdout.splitlines() if line.startswith("process")]
@@ -142,11 +123,13 @@ def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> Non
         f"process {process[str(n)]} is task {n} {n % 2} of 4 at first with 8 cores: {called}" for n in range(4)
     ]
     assert "option --kill-on-bad-exit=0" in done.stdout  # otherwise the first end hides the codes of the others
-    assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
+    assert {path.name for path in (tmp_path / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
     [line] = [line for line in done.stdout.splitlines() if "TensorBoard" in line]
     tensorboard = "python -m tensorboard.main --logdir runs/tiny_remora --load_fast=false --host localhost --port 6006"
-    assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {slurm.folder} && {tensorboard}"')
-    ports = {int(re.findall(r"at first:(\d+)", output)[0]) for output in (done.stdout, slurm.start().stdout)}
+    assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {tmp_path} && {tensorboard}"')
+    ports = {
+        int(re.findall(r"at first:(\d+)", output)[0]) for output in (done.stdout, start(tmp_path, restarts=1).stdout)
+    }
     assert len(ports) == 2 and all(20000 <= port < 32000 for port in ports)
 
 
@@ -173,43 +156,37 @@ def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> Non
 def test_the_first_failure_decides_the_exit_code(
     tmp_path: Path, codes: str, given: dict[str, str], code: int, requeued: bool
 ) -> None:
-    slurm = cluster_at(tmp_path)
-    done = slurm.start(codes=codes, **given)
+    done = start(tmp_path, codes=codes, **given)
     assert done.returncode == code
     assert ("requeued 123456" in done.stdout) == requeued
     assert ("could not be requeued" in done.stdout) == ("REQUEUE_CODE" in given)
     assert "(start 1)" in done.stdout
     # Slurm's words are shown
     assert ("Exited with exit code" in done.stderr) == any(0 < int(each) < 128 for each in codes.split())
-    assert (slurm.folder / "asked").exists() == ("AWAY" in given)
+    assert (tmp_path / "asked").exists() == ("AWAY" in given)
 
 
-def test_starts_that_save_nothing_new_are_counted(slurm: Slurm) -> None:
-    ends = [slurm.start(codes="69 137", saves=3 if start == 0 else None) for start in range(5)]
-    ends += [slurm.start(codes="69 137", saves=4)]  # progress: the count begins again
-    ends += [slurm.start(codes="69 137") for _ in range(5)]
+def test_starts_that_save_nothing_new_are_counted(tmp_path: Path) -> None:
+    saves = [3, "", "", "", "", 4, "", "", "", "", ""]  # progress: the count begins again
+    ends = [start(tmp_path, codes="69 137", saves=step, restarts=number) for number, step in enumerate(saves)]
     assert ["requeued" in end.stdout for end in ends] == [True] * 10 + [False]
     assert "5 starts in a row have saved nothing after step 4" in ends[-1].stdout
     assert ends[-1].returncode == 137
 
 
-def test_a_start_ended_by_slurm_counts_if_it_made_progress_and_another_job_counts_again(slurm: Slurm) -> None:
-    for _ in range(4):
-        slurm.start(codes="69 69")
-    latest = slurm.folder / "run" / "checkpoints" / "latest"
+def test_progress_of_a_start_ended_by_slurm_counts_and_another_job_counts_again(tmp_path: Path) -> None:
+    latest = tmp_path / "run" / "checkpoints" / "latest"
     latest.parent.mkdir(parents=True)
-    latest.write_text("step-00000010")
-    assert "requeued" in slurm.start(codes="69 69").stdout
-    for _ in range(4):
-        slurm.start(codes="69 69")
-    slurm.restarts = 0
-    assert "requeued" in slurm.start(codes="69 69").stdout
+    for number in [*range(9), 0]:
+        if number == 4:
+            latest.write_text("step-00000010")
+        assert "requeued" in start(tmp_path, codes="69 69", restarts=number).stdout
 
 
 @each("state", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
 def test_leftovers_of_a_start_wait_for_its_end_and_stop_no_other(tmp_path: Path, state: dict[str, str]) -> None:
     """Slurm lost a node and requeued the job or started it on other nodes, or somebody canceled it."""
-    done = cluster_at(tmp_path).start(codes="69 69", ENDS="1", **state)
+    done = start(tmp_path, codes="69 69", ENDS="1", **state)
     assert done.returncode == -signal.SIGTERM
     assert "requeued" not in done.stdout
     assert (tmp_path / "runs" / "slurm" / "123456" / "progress").read_text() == "0 0\n"
@@ -238,7 +215,7 @@ ONE_FOLDER = "all tasks of the array would use the same run folder"
 def test_a_mistake_is_reported_once_and_starts_nothing(
     tmp_path: Path, arguments: list[str], ranks: int, given: dict[str, str], message: str
 ) -> None:
-    done = cluster_at(tmp_path).start(*arguments, codes=" ".join("0" * ranks), **given)
+    done = start(tmp_path, *arguments, codes=" ".join("0" * ranks), **given)
     assert done.returncode == 2
     assert done.stderr.count(message) == 1
     assert "option" not in done.stdout
@@ -263,15 +240,15 @@ def test_a_mistake_is_reported_once_and_starts_nothing(
 )
 def test_the_trainer_that_is_started(tmp_path: Path, arguments: list[str], given: dict[str, str], called: str) -> None:
     (tmp_path / "7.yaml").symlink_to(ROOT / CONFIG)
-    done = cluster_at(tmp_path).start(*arguments, codes="75 75", **given)
+    done = start(tmp_path, *arguments, codes="75 75", **given)
     assert called in done.stdout, done.stderr
     assert f"requeued {'123450_7' if given == TASK else '123456'}\n" in done.stdout
 
 
-def test_in_a_container_the_image_runs_the_trainer_and_sees_the_checkout(slurm: Slurm) -> None:
-    done = slurm.start(CONTAINER_IMAGE="image.sif", PYTHON="/none")
-    place = ["exec", "--nv", "--bind", str(slurm.folder), "--pwd", str(slurm.folder), "image.sif", "python"]
-    called = [path.read_text().splitlines() for path in slurm.folder.glob("apptainer-*")]
+def test_in_a_container_the_image_runs_the_trainer_and_sees_the_checkout(tmp_path: Path) -> None:
+    done = start(tmp_path, CONTAINER_IMAGE="image.sif", PYTHON="/none")
+    place = ["exec", "--nv", "--bind", str(tmp_path), "--pwd", str(tmp_path), "image.sif", "python"]
+    called = [path.read_text().splitlines() for path in tmp_path.glob("apptainer-*")]
     assert all(words[: len(place)] == place for words in called)
     assert done.returncode == 0
     rest = sorted(words[len(place)] for words in called)
@@ -279,10 +256,10 @@ def test_in_a_container_the_image_runs_the_trainer_and_sees_the_checkout(slurm: 
     assert done.stdout.count("launch/pretrain.py configs/run/tiny_remora.yaml --train.run_dir=run") == 2
 
 
-def test_without_arguments_it_trains_a_shipped_config_on_the_shipped_number_of_gpus(slurm: Slurm) -> None:
+def test_without_arguments_it_trains_a_shipped_config_on_the_shipped_number_of_gpus(tmp_path: Path) -> None:
     text = SCRIPT.read_text()
     shipped = {name: int(number) for name, number in re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", text, re.MULTILINE)}
     assert shipped["ntasks-per-node"] == shipped["gpus-per-node"]
-    done = slurm.start("--train.seed=2", SLURM_NTASKS=str(shipped["nodes"] * shipped["ntasks-per-node"]))
+    done = start(tmp_path, "--train.seed=2", SLURM_NTASKS=str(shipped["nodes"] * shipped["ntasks-per-node"]))
     assert done.returncode == 0
     assert "launch/pretrain.py configs/run/paper_" in done.stdout

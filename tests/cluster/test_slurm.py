@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Pair, skip, wait_until, why_not
+from tests.cluster.hosts import Pair, skip, why_not
 from tests.cluster.runs import SAVE_EVERY, STEPS, losses, same_end, starts
 from tests.cluster.slurm import NEEDED, Slurm
 from tests.tools.grids import rest
-from tests.tools.helpers import ROOT
+from tests.tools.helpers import ROOT, wait_until
 from tests.tools.jobs import PACED, ends, last_step
 
 pytestmark = pytest.mark.cluster

@@ -17,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -47,11 +46,9 @@ def skip_reason() -> str | None:
 pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=skip_reason() or "")
 
 
-@dataclass
 class Buildah:
-    folder: Path
-
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         for name in ("root", "runroot", "tmp"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         # buildah's defaults may be more than this machine allows
@@ -79,25 +76,15 @@ class Buildah:
     def make_base(self) -> str:
         """The smallest Debian with Python and pip, which is what the Dockerfile asks of a base image.
 
-        Its release and its Python are this machine's, so that wheels which pip finds here fit: Debian's Python if
-        that runs here, otherwise a copy of the running Python in a separate folder, as conda has it.
+        Its release is this machine's.
         """
         tree = self.folder / "tree"
         suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
         packages = "--include=python3,python3-pip,python3-venv,ca-certificates"
         subprocess.run(["debootstrap", "--variant=minbase", packages, suite, str(tree), MIRROR], check=True)
-        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        is_copied = sys.base_prefix != "/usr"
-        if is_copied:
-            unneeded = shutil.ignore_patterns("site-packages", "test", "__pycache__")
-            shutil.copytree(sys.base_prefix, tree / "opt" / "python", symlinks=True, ignore=unneeded)
-            (tree / "etc" / "ld.so.conf.d" / "python.conf").write_text("/opt/python/lib\n")
-            path = f"/opt/python/bin:{path}"
         container = self("from", "scratch").stdout.split()[-1]
         self("add", container, tree, "/")
-        self("config", f"--env=PATH={path}", container)
-        if is_copied:
-            self("run", container, "--", "sh", "-c", "ldconfig && python3 -m ensurepip")
+        self("config", "--env=PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", container)
         self("commit", "--rm", container, BASE)
         shutil.rmtree(tree)
         return BASE
@@ -131,8 +118,7 @@ def pip_settings() -> dict[str, str]:
     return {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in found}
 
 
-@dataclass
-class Container:
+class Container(NamedTuple):
     """A container of an image with ``runs`` as its /app/runs."""
 
     buildah: Buildah

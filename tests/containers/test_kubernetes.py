@@ -1,13 +1,10 @@
 """The files for Kubernetes: schemas, what belongs together in them, and the Job's own command as two pods on this
 machine."""
 
-import contextlib
 import itertools
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,9 @@ from relora_mora.config.load import load_config
 from relora_mora.supervise.exits import FAILED, LOST, REQUEUE, USER_ERROR
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import PACED, ends, last_step, write_config
+from tests.tools.jobs import PACED, Started, ends, last_step, write_config
 from tests.tools.ports import free_port
-from tests.tools.runs import run_config, write_inputs
+from tests.tools.runs import run_config
 
 pytestmark = pytest.mark.more
 
@@ -125,101 +122,67 @@ def test_pods_run_as_the_user_of_the_image_without_privileges(pod: dict[str, Any
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-def pod(
-    index: int,
-    *arguments: str,
-    command: list[str] = TRAINER["command"],
-    python: Path | str = sys.executable,
-    **environment: str,
-) -> subprocess.Popen[str]:
+def pod(index: int, folder: Path, *arguments: str, **environment: str) -> Started:
     """The trainer's container as Kubernetes starts it in a pod, with some of its variables replaced."""
-    place = {"JOB_COMPLETION_INDEX": str(index), "PYTHON": str(python), "PATH": os.environ["PATH"]}
-    return subprocess.Popen(
-        [*command, *(arguments or TRAINER["args"])],
-        env=ENVIRONMENT | place | environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
+    place = {"JOB_COMPLETION_INDEX": str(index), "PYTHON": sys.executable, "PATH": os.environ["PATH"]}
+    command = [*TRAINER["command"], *(arguments or TRAINER["args"])]
+    return Started(folder / f"pod-{index}.log", command, ENVIRONMENT | place | environment)
 
 
-@contextlib.contextmanager
-def pods(*arguments: str, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two pods with a rank each that find each other on this machine; no process of them remains."""
+def pods(folder: Path, *arguments: str, **environment: str) -> list[Started]:
+    """Two pods with a rank each that find each other on this machine."""
     changed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANKS_PER_POD": "1"}
     changed |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HOME": os.environ.get("HOME", "/")}
-    started = [pod(index, *arguments, **changed, **environment) for index in range(2)]
-    try:
-        yield started
-    finally:
-        for process in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    return [pod(index, folder, *arguments, **changed, **environment) for index in range(2)]
 
 
-def codes_of(started: list[subprocess.Popen[str]]) -> list[int]:
-    outputs = [process.communicate(timeout=120)[0] for process in started]
-    print(*outputs, sep="\n")
-    return [process.returncode for process in started]
+def fake_pod(index: int, folder: Path, **environment: str) -> Started:
+    """With a fake trainer."""
+    (folder / "fake_python").write_text(FAKE)
+    (folder / "fake_python").chmod(0o755)
+    return pod(index, folder, PYTHON=str(folder / "fake_python"), **environment)
 
 
-@pytest.fixture
-def fake(tmp_path: Path) -> Path:
-    (tmp_path / "fake_python").write_text(FAKE)
-    (tmp_path / "fake_python").chmod(0o755)
-    return tmp_path / "fake_python"
-
-
-def test_every_rank_of_a_pod_gets_its_number(fake: Path) -> None:
-    process = pod(1, python=fake, CODES=" ".join(["0"] * 16))
-    lines = sorted(process.communicate(timeout=20)[0].splitlines(), key=lambda line: int(line.split()[1]))
-    called = f"launch/pretrain.py {TRAINER['args'][0]}"
+def test_every_rank_of_a_pod_gets_its_number(tmp_path: Path) -> None:
+    started = fake_pod(1, tmp_path, CODES=" ".join(["0"] * 16))
+    assert started.wait(20) == 0
+    lines = sorted(started.output.splitlines(), key=lambda line: int(line.split()[1]))
     assert lines == [
-        f"rank {8 + n} of 16, local {n} of 8, store relora-mora-0.relora-mora:29500: {called}"
+        f"rank {8 + n} of 16, local {n} of 8, store relora-mora-0.relora-mora:29500: "
+        f"launch/pretrain.py {TRAINER['args'][0]}"
         for n in range(int(ENVIRONMENT["RANKS_PER_POD"]))
     ]
-    assert process.returncode == 0
 
 
 @each(
     "codes,code",
     [("0 0", 0), ("0 69", 69), ("69 137", 137), ("1 69", 1), ("75 75", 75), ("69 139", 139), ("75 1", 1)],
 )
-def test_a_pod_exits_with_the_code_of_the_rank_that_failed(fake: Path, codes: str, code: int) -> None:
-    process = pod(0, python=fake, RANKS_PER_POD="2", CODES=codes)
-    process.communicate(timeout=20)
-    assert process.returncode == code
+def test_a_pod_exits_with_the_code_of_the_rank_that_failed(tmp_path: Path, codes: str, code: int) -> None:
+    assert fake_pod(0, tmp_path, RANKS_PER_POD="2", CODES=codes).wait(20) == code
 
 
-def test_sigterm_to_a_pod_reaches_all_its_ranks(fake: Path) -> None:
-    process = pod(0, python=fake, RANKS_PER_POD="3", CODES="0 0 0", WAITS="300")
-    assert process.stdout is not None
-    for _ in range(3):
-        process.stdout.readline()
-    process.terminate()  # only the first process of the pod, as kubelet does
-    saving = [process.stdout.readline() for _ in range(3)]
-    process.terminate()  # once more does not end the pod before its ranks
-    process.communicate(timeout=20)
-    assert sorted(saving) == [f"rank {n} saves\n" for n in range(3)]
-    assert process.returncode == 75
+def test_sigterm_to_a_pod_reaches_all_its_ranks(tmp_path: Path) -> None:
+    started = fake_pod(0, tmp_path, RANKS_PER_POD="3", CODES="0 0 0", WAITS="300")
+    for said in ("store", "saves"):
+        started.wait_until(lambda said=said: started.output.count(said) == 3, 20)
+        started.process.terminate()  # only the first process of the pod, as kubelet does; once more changes nothing
+    assert started.wait(20) == 75
 
 
-def test_sigterm_before_the_first_rank_is_not_reported_as_success(fake: Path, tmp_path: Path) -> None:
+def test_sigterm_before_the_first_rank_is_not_reported_as_success(tmp_path: Path) -> None:
     """A loop before the first rank simulates a slow start."""
     text = (FOLDER / "ranks.sh").read_text()
     begin = "for ((local_rank = 0;"
     assert text.count(begin) == 1
-    waiting = f"echo ready; while [[ -z $stopping ]]; do sleep 0.1; done; {begin}"
-    (tmp_path / "ranks.sh").write_text(text.replace(begin, waiting))
-    process = pod(0, command=["bash", str(tmp_path / "ranks.sh")], python=fake, CODES="0")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    assert process.communicate(timeout=20)[0] == ""
-    assert action_after(process.returncode) == "Ignore"
+    script = tmp_path / "ranks.sh"
+    script.write_text(text.replace(begin, f"echo ready; while [[ -z $stopping ]]; do sleep 0.1; done; {begin}"))
+    place = {"JOB_COMPLETION_INDEX": "0", "PATH": os.environ["PATH"]}
+    started = Started(tmp_path / "log", ["bash", str(script), *TRAINER["args"]], ENVIRONMENT | place)
+    started.wait_until(lambda: started.output == "ready\n", 20)
+    started.process.terminate()
+    assert action_after(started.wait(20)) == "Ignore"
+    assert started.output == "ready\n"
 
 
 @each(
@@ -227,54 +190,49 @@ def test_sigterm_before_the_first_rank_is_not_reported_as_success(fake: Path, tm
     [
         ("MASTER_ADDR", "", "a host"),
         ("PODS", "0", "a number from 1 on"),
-        ("RANKS_PER_POD", "0", "a number from 1 on"),
         ("RANKS_PER_POD", "08", "a number from 1 on"),
         ("RANKS_PER_POD", "all", "a number from 1 on"),
         ("MASTER_PORT", "http", "a number from 0 on"),
     ],
 )
-def test_a_pod_names_a_missing_or_wrong_variable(name: str, value: str, expected: str) -> None:
-    process = pod(0, **{name: value})
-    message = f"ranks.sh: {name} is '{value}', expected {expected}; see launch/k8s/job.yaml\n"
-    assert process.communicate(timeout=20)[0] == message
-    assert process.returncode == 2
+def test_a_pod_names_a_missing_or_wrong_variable(tmp_path: Path, name: str, value: str, expected: str) -> None:
+    started = pod(0, tmp_path, **{name: value})
+    assert started.wait(20) == 2
+    assert started.output == f"ranks.sh: {name} is '{value}', expected {expected}; see launch/k8s/job.yaml\n"
 
 
-def test_a_wrong_setting_fails_the_job_immediately() -> None:
-    with pods(TRAINER["args"][0], "--train.stepps=3") as started:
-        assert [action_after(code) for code in codes_of(started)] == ["FailJob", "FailJob"]
+def test_a_wrong_setting_fails_the_job_immediately(tmp_path: Path) -> None:
+    started = pods(tmp_path, TRAINER["args"][0], "--train.stepps=3")
+    assert [action_after(each.wait()) for each in started] == ["FailJob", "FailJob"]
 
 
 @pytest.mark.distributed
 @pytest.mark.stops  # of make test-stops
-def test_a_pod_is_restarted_until_the_other_pods_are_there(tokenizer_path: str, tmp_path: Path) -> None:
-    settings = run_config(
-        write_inputs(tmp_path), tokenizer_path, tmp_path / "run", 2, train={"peer_timeout_seconds": 5.0}
-    )
-    with pods(str(write_config(settings, tmp_path / "run.yaml"))) as started:
-        os.killpg(started[0].pid, signal.SIGKILL)
-        output = started[1].communicate(timeout=120)[0]
-    assert "rank 1 of 2 did not join the others" in output
-    assert action_after(started[1].returncode) == "Ignore"
+def test_a_pod_is_restarted_until_the_other_pods_are_there(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
+    settings = run_config(inputs, tokenizer_path, tmp_path / "run", 2, train={"peer_timeout_seconds": 5.0})
+    first, second = pods(tmp_path, str(write_config(settings, tmp_path / "run.yaml")))
+    first.kill()
+    assert action_after(second.wait()) == "Ignore"
+    assert "rank 1 of 2 did not join the others" in second.output
 
 
 @pytest.mark.stops
 @pytest.mark.distributed
-def test_a_drained_pod_saves_and_the_same_pods_finish_the_run(tokenizer_path: str, tmp_path: Path) -> None:
-    inputs, run_dir = write_inputs(tmp_path / "inputs"), tmp_path / "run"
+def test_a_drained_pod_saves_and_the_same_pods_finish_the_run(
+    inputs: Path, tokenizer_path: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
     settings = run_config(
         inputs, tokenizer_path, run_dir, 2, train={"steps": 100_000}, checkpoint={"every_steps": 20, "keep_last": 2}
     )
     config = str(write_config(settings, tmp_path / "run.yaml"))
-    with pods(config, PROGRAM=str(PACED)) as started:
-        while last_step(run_dir) < 5:
-            assert all(process.poll() is None for process in started), codes_of(started)
-            time.sleep(0.1)
-        started[1].terminate()
-        assert codes_of(started) == [75, 75]
+    started = pods(tmp_path, config, PROGRAM=str(PACED))
+    started[0].wait_for_step(run_dir, 5)
+    started[1].process.terminate()
+    assert [each.wait() for each in started] == [75, 75], started[0].output
     (end,) = ends(run_dir)
     assert "SIGTERM to rank 1" in end["reason"]
     assert action_after(end["code"]) == "Ignore"
-    with pods(config, f"--train.steps={end['step'] + 4}", "--train.allow_changes=[train.steps]") as started:
-        assert codes_of(started) == [0, 0]
+    again = pods(tmp_path, config, f"--train.steps={end['step'] + 4}", "--train.allow_changes=[train.steps]")
+    assert [each.wait() for each in again] == [0, 0], again[0].output
     assert last_step(run_dir) == end["step"] + 4

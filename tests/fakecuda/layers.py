@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+from unittest import mock
 
 import torch
 from functorch.compile import make_boxed_func
@@ -52,14 +53,13 @@ LAUNCH = re.compile(r"^\s*(?!#).*?(triton_\w+\.run\(|extern_kernels\.\w+\(|torch
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one layer and micro-batch. ``adapters_mb``: ``moved_mb`` minus the frozen layer's; MB are 1e6 bytes."""
+    """Of one layer and micro-batch; MB are 1e6 bytes."""
 
     model: str
     method: str
     compiled: str  # eager | compiled
     launches: int
     moved_mb: int
-    adapters_mb: int
     kept_mib: int
 
 
@@ -105,7 +105,7 @@ def eager(name: str, method: str) -> Counts:
     one, two = watches
     launches = two.launches.total() - one.launches.total()
     moved = two.bytes.total() - one.bytes.total()
-    return Counts(name, method, "eager", launches, _mb(moved), 0, (kept[1] - kept[0]) >> 20)
+    return Counts(name, method, "eager", launches, round(moved / 1e6), (kept[1] - kept[0]) >> 20)
 
 
 def compiled(name: str, method: str) -> Counts:
@@ -120,7 +120,9 @@ def compiled(name: str, method: str) -> Counts:
         _step(model)
     launches = sum(program.launches for program in programs)
     moved = sum(program.bytes for program in programs)
-    return Counts(name, method, "compiled", launches, _mb(moved), 0, max(program.kept for program in programs) >> 20)
+    return Counts(
+        name, method, "compiled", launches, round(moved / 1e6), max(program.kept for program in programs) >> 20
+    )
 
 
 def _step(model: LossModel) -> None:
@@ -190,24 +192,15 @@ def _codegen_alone() -> Iterator[list[tuple[str, int]]]:
         written.append((getattr(code, "value", str(code)), lowering.count_bytes()[0]))
         raise _WrittenError
 
-    original = GraphLowering.compile_to_module
-    GraphLowering.compile_to_module = stop  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(GraphLowering, "compile_to_module", stop):
         yield written
-    finally:
-        GraphLowering.compile_to_module = original  # type: ignore[method-assign]
-
-
-def _mb(size: int) -> int:
-    return round(size / 1e6)
 
 
 def count_methods(name: str, how: str) -> list[Counts]:
     """All methods in one model, ``how``: eager | compiled."""
     torch.autograd.set_multithreading_enabled(False)  # backward in this thread, inside the modes
     count = {"eager": eager, "compiled": compiled}[how]
-    found = [count(name, method) for method in METHODS]
-    return [Counts(**asdict(row) | {"adapters_mb": row.moved_mb - found[0].moved_mb}) for row in found]
+    return [count(name, method) for method in METHODS]
 
 
 def as_csv(rows: Sequence[Counts]) -> str:

@@ -12,7 +12,6 @@ from relora_mora.model import documents as attention
 from relora_mora.model.causal import LossModel, build_model
 from tests.adapters.test_layers import test_all_forms_agree
 from tests.adapters.test_stored import test_values_and_gradients_are_those_of_the_rounded_factors
-from tests.gpu.conftest import gpu_only
 from tests.kernels.test_kernels import (
     test_compiled_sum_rounds_once,
     test_expand_add_rounds_once,
@@ -25,6 +24,7 @@ from tests.model.test_loss import (
     test_loss_and_gradient_agree_with_float64,
 )
 from tests.test_operators import test_an_operator_in_the_types_of_training_agrees_with_float64
+from tests.tools.kernels import gpu_only
 from tests.tools.tiny import tiny_llama
 from tests.weights.conftest import hf_tokenizer, model, run
 from tests.weights.test_export import (

@@ -5,6 +5,8 @@ Run by ``make test-gpu``.
 """
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,21 @@ from tests.engine.test_resets import (
 )
 from tests.engine.test_resident import test_a_step_builds_each_weight_once_and_keeps_none_after_it
 from tests.engine.test_stages import test_a_nan_on_one_rank_stops_the_step_on_all
-from tests.gpu.conftest import DEVICE, gpu_only
 from tests.grid.test_lora import test_a_lora_run_trains_as_plain_torch_does_and_resumes_to_the_bit
 from tests.grid.test_mora import test_a_mora_run_trains_as_plain_torch_does_and_resumes_to_the_bit
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
 from tests.tools.runs import checkpoint_at, logged_values, run_config, tensors, train
 from tests.train.test_compiled import test_compiled_layers_train_like_others
+
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+
+
+@pytest.fixture
+def cpu_pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    pools.close()
 
 
 @pytest.mark.parametrize("method,others", [("full", "adamw"), ("remora", "adamw"), ("remora", "adamw8bit")])

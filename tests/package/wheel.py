@@ -18,6 +18,7 @@ from relora_mora.commands import NAMES
 from relora_mora.supervise.exits import REQUEUE
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.helpers import ROOT
+from tests.tools.jobs import Started
 from tests.tools.ports import free_port
 
 TEXT = "--data=runs/demo/data/validation/*"
@@ -36,17 +37,15 @@ class Installed:
         self.environment |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
         self.environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
-    def start(self, program: str, *arguments: str) -> subprocess.Popen[str]:
-        words = [str(self.bin / program), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(words, cwd=self.folder, env=self.environment, **pipes)  # type: ignore[call-overload]
+    def start(self, program: str, *arguments: str) -> Started:
+        log = self.folder.parent / f"{time.monotonic_ns()}.log"
+        return Started(log, [str(self.bin / program), *arguments], self.environment, self.folder)
 
     def run(self, program: str, *arguments: str) -> str:
         """The output of a program that must end with 0."""
-        process = self.start(program, *arguments)
-        out, _ = process.communicate()
-        assert process.returncode == 0, out
-        return str(out)
+        started = self.start(program, *arguments)
+        assert started.wait(1200) == 0, started.output
+        return started.output
 
     def losses(self, run: str) -> dict[int, float]:
         lines = read_json_lines(RunFolder(self.folder / run).metrics)
@@ -92,13 +91,10 @@ def test_the_demo_goes_to_its_end(installed: Installed, demo: str) -> None:
 @pytest.mark.usefixtures("demo")
 def test_a_stopped_run_goes_on(installed: Installed) -> None:
     words = ["pretrain", "tiny_remora", *SHORT]
-    process = installed.start("relora-mora", *words, "--train.run_dir=runs/mine")
-    while not (installed.folder / "runs/mine/metrics.jsonl").exists() or not installed.losses("runs/mine"):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate()
-    assert process.returncode == REQUEUE, out
+    started = installed.start("relora-mora", *words, "--train.run_dir=runs/mine")
+    started.wait_for_step(installed.folder / "runs/mine", 1)
+    started.process.send_signal(signal.SIGINT)
+    assert started.wait() == REQUEUE, started.output
     stopped = max(installed.losses("runs/mine"))
     assert stopped < 12
     installed.run("relora-mora", *words, "--train.run_dir=runs/mine")

@@ -6,7 +6,7 @@ The exit code is 1 if a fault is not found any more.
 """
 
 import argparse
-import itertools
+import contextlib
 import os
 import random
 import re
@@ -16,27 +16,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
+import pytest
 import yaml
 
-from tests.tools.helpers import KERNELS, ROOT, worktree
+from tests.tools.helpers import KERNELS, ROOT, wait_until, worktree
 
 LIST = Path(__file__).with_name("faults.yaml")
 LAYERS = ("test", "all", None)  # make test, longer targets only, no test
-HANG_SECONDS = 300  # for a test that is known to find a fault
+HANG_SECONDS = float(os.environ.get("HANG_SECONDS", "300"))  # for a test that is known to find a fault
 LONGEST_SECONDS = 7200
 
 Fault = dict[str, Any]
-
-
-class Result(NamedTuple):
-    passed: bool
-    failed: list[str]  # node ids; of a run that hung or crashed, that of the test that was running
-    output: str
 
 
 def main() -> None:
@@ -56,14 +50,17 @@ def main() -> None:
         raise SystemExit(f"--only={options.only}: no fault that a test finds has this name; {LIST} has the names")
     if options.sample is not None:
         chosen = random.sample(chosen, min(options.sample, len(chosen)))
-    tests = {fault["name"]: shlex.split(options.tests or f"-m '' '{fault['found_by']}'") for fault in chosen}
+    # every run of pytest is forked from this process, and importing this takes it longer than most of the tests
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     lost = []
     with current() as checkout:
-        without_fault = run_tests(checkout, list(dict.fromkeys(itertools.chain(*tests.values()))))
-        if not without_fault.passed:
-            raise SystemExit(f"{without_fault.output}\nfailed without a fault: {', '.join(without_fault.failed)}")
+        given = shlex.split(options.tests or "")
+        tests = given or ["-m", "", *dict.fromkeys(fault["found_by"] for fault in chosen)]
+        if failure := first_failure(checkout, tests, LONGEST_SECONDS):
+            raise SystemExit(f"failed without a fault: {failure}")
         for fault in chosen:
-            found_by = find(checkout, fault, tests[fault["name"]])
+            found_by = find(checkout, fault, given or ["-m", "", fault["found_by"]])
             print(f"{fault['name']}: {found_by or 'not found'}", flush=True)
             if found_by is None:
                 lost.append(fault["name"])
@@ -83,7 +80,7 @@ def occurrences(fault: Fault, checkout: Path) -> int:
     return path.read_text(encoding="utf-8").count(fault["find"]) if path.exists() else 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def current() -> Iterator[Path]:
     """A checkout of the tracked files as they are now, also of changes that are not committed."""
     stash = subprocess.run(["git", "-C", ROOT, "stash", "create"], check=True, capture_output=True, text=True)
@@ -93,43 +90,50 @@ def current() -> Iterator[Path]:
         yield checkout
 
 
-def find(checkout: Path, fault: Fault, tests: Sequence[str]) -> str | None:
+def find(checkout: Path, fault: Fault, tests: list[str]) -> str | None:
     """The first test that fails with a fault; None if all of them pass."""
     path = checkout / fault["file"]
     before = path.read_text(encoding="utf-8")
     path.write_text(before.replace(fault["find"], fault["replace"]), encoding="utf-8")
     try:
-        result = run_tests(checkout, tests, HANG_SECONDS)
+        return first_failure(checkout, tests, HANG_SECONDS)
     finally:
         path.write_text(before, encoding="utf-8")
-    if not (result.passed or result.failed):
-        raise SystemExit(f"{result.output}\n{fault['name']}: pytest did not run")
-    return result.failed[0] if result.failed else None
 
 
-def run_tests(checkout: Path, tests: Sequence[str], seconds: float = LONGEST_SECONDS) -> Result:
-    """Runs pytest up to the first failure. A test that takes too long or crashes has failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+def first_failure(checkout: Path, tests: list[str], seconds: float) -> str | None:
+    """The first test that fails; of a run that hangs or crashes, what it said last. None if all tests pass."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = os.fork()
+        if process == 0:
+            run_tests(checkout, tests, log.fileno())
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            status = wait_until(lambda: (ended := os.waitpid(process, os.WNOHANG))[0] and ended, seconds)[1]
+            what = f"exit code {os.waitstatus_to_exitcode(status)}"
+        except AssertionError as hang:
+            status, what = None, str(hang)
+        with contextlib.suppress(ProcessLookupError):  # what it has started, too
+            os.killpg(process, signal.SIGKILL)
         log.seek(0)
         output = log.read()
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
-    if code != 0 and not failed:
-        began = r"^(tests/\S+::(?!.* (?:PASSED|SKIPPED) ).*?) *(?:Fatal Python error.*)?$"  # named when it begins
-        failed = re.findall(began, output, re.MULTILINE)[-1:]
-    return Result(code == 0, failed, output[-5000:])
+    if what in ("exit code 4", "exit code 5"):  # a usage error, or no tests
+        raise SystemExit(f"{output}\npytest did not run")
+    named = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
+    return None if status == 0 else named[0] if named else f"{what}: {output[-300:]}"
+
+
+def run_tests(checkout: Path, tests: list[str], log: int) -> NoReturn:
+    """In a process that was forked: pytest on a checkout, none of whose modules are imported yet."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.chdir(checkout)
+    os.environ["PYTHONPATH"] = str(checkout)
+    sys.path[:] = [str(checkout), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.dont_write_bytecode = True  # a file with a fault may have the size and the second of the one before
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    os._exit(pytest.main(["-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
-"""launch/pretrain.py with a change, for scripts that a launcher starts."""
+"""launch/pretrain.py with a change, for scripts that a launcher starts.
+
+Started itself, it makes a pause before each step, so that runs without an end leave the processors to other tests.
+"""
 
 import functools
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # launchers start it from any folder
 from relora_mora.commands.pretrain import main, run_to_the_end
 
 
@@ -29,3 +37,7 @@ def before_each_step(act: Callable[[Any, Any], None]) -> None:
         return whole(self, share)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    start(lambda: before_each_step(lambda trainer, share: time.sleep(0.05)))

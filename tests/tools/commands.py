@@ -6,7 +6,6 @@ import importlib.util
 import io
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -95,17 +94,6 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@contextlib.contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """Inside, no file gets longer than ``size`` bytes: as on a disk that is full then, but that the error is EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

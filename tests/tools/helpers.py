@@ -5,8 +5,10 @@ import io
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,3 +53,14 @@ def worktree(commit: str) -> Iterator[Path]:
 def python_path() -> str:
     """PYTHONPATH with this checkout before its current value, which may name folders of packages."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def wait_until(
+    true: Callable[[], Any], seconds: float, otherwise: Callable[[], Any] = str, poll_seconds: float = 0.05
+) -> Any:
+    """What ``true()`` is as soon as it is true; fails with ``otherwise()`` after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s: {otherwise()}"
+        time.sleep(poll_seconds)
+    return value

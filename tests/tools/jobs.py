@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,11 @@ import psutil
 from relora_mora.config.load import dump
 from relora_mora.config.schema import Config
 from relora_mora.system.run_folder import RunFolder, read_json_lines
-from tests.tools.helpers import ROOT, python_path
+from tests.tools.helpers import ROOT, python_path, wait_until
 from tests.tools.ports import free_port
 
 BIN = Path(sys.executable).parent
-POLL_SECONDS = 0.05
-PACED = ROOT / "tests" / "tools" / "paced.py"
+PACED = ROOT / "tests" / "tools" / "changed_run.py"
 _JOB = "JOB_OF_A_TEST"  # a variable that everything in a job inherits
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -53,32 +53,30 @@ def write_config(config: Config, path: Path) -> Path:
 
 
 class Started:
-    """A command that runs in the checkout, with its output in a file."""
+    """A command that runs in a folder, the checkout by default, with its output in a file."""
 
-    def __init__(self, log: Path, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, log: Path, command: list[str], environment: dict[str, str], folder: Path = ROOT) -> None:
         self.log = log
+        where: dict[str, Any] = {"cwd": folder, "env": environment, "start_new_session": True}
         with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-                env=environment,
-                start_new_session=True,
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(command, **streams, **where)
+        RUNNING.append(self)
 
     @property
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (value := true()):
-            assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
-            assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
-            time.sleep(POLL_SECONDS)
-        return value
+        """What ``true()`` is as soon as it is true, which must be before the end of the command."""
+
+        def seen() -> Any:
+            has_ended = self.process.poll() is not None
+            value = true()
+            assert value or not has_ended, f"the command ended with {self.process.returncode}\n{self.output}"
+            return value
+
+        return wait_until(seen, seconds, lambda: self.output)
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
         self.wait_until(lambda: last_step(run_dir) >= step)
@@ -87,6 +85,12 @@ class Started:
         """The exit code, when it ends in time."""
         self.wait_until(lambda: self.process.poll() is not None, seconds)
         return self.process.returncode
+
+    def kill(self) -> None:
+        """Ends everything in its process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 class Job(Started):
@@ -103,16 +107,13 @@ class Job(Started):
         device: str = "cpu",
     ) -> None:
         self.port = port or free_port()
-        front = {
-            "deepspeed": [*_script("deepspeed"), f"--num_gpus={ranks}", f"--master_port={self.port}"],
-            "torchrun": [*_script("torchrun"), f"--nproc_per_node={ranks}", f"--master_port={self.port}"],
-        }[launcher]
+        ranks_option = {"deepspeed": f"--num_gpus={ranks}", "torchrun": f"--nproc_per_node={ranks}"}[launcher]
+        front = [*_script(launcher), ranks_option, f"--master_port={self.port}"]
         kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
         given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         log = config.with_suffix(f".{time.monotonic_ns()}.log")
         given[_JOB] = log.name
         super().__init__(log, [*front, str(script or PACED), str(config), *arguments], kept | given)
-        RUNNING.append(self)
 
     def processes(self) -> list[psutil.Process]:
         """Everything of this job that lives, also what has lost its parent, in the order of their starts."""
@@ -142,15 +143,9 @@ class Job(Started):
         assert found, f"launch.py does not run\n{self.output}"
         return found[0]
 
-    def wait_for_nobody(self, seconds: float) -> float:
-        """Seconds until no process of the job lives; fails after ``seconds``."""
-        begin = time.monotonic()
-        while alive := self.processes():
-            late = f"{[command_of(each)[-3:] for each in alive]} live after {seconds} s\n{self.output}"
-            assert time.monotonic() < begin + seconds, late
-            self.process.poll()
-            time.sleep(POLL_SECONDS)
-        return time.monotonic() - begin
+    def wait_for_nobody(self, seconds: float) -> None:
+        """Until no process of the job lives."""
+        wait_until(lambda: not self.processes(), seconds, lambda: f"{self.processes()} live\n{self.output}")
 
     def kill(self) -> None:
         for process in self.processes():
@@ -159,11 +154,11 @@ class Job(Started):
         self.process.wait()
 
 
-RUNNING: list[Job] = []
+RUNNING: list[Started] = []
 
 
 def kill_all() -> None:
-    """Ends all jobs that a test left."""
+    """Ends all commands that a test left."""
     while RUNNING:
         RUNNING.pop().kill()
 

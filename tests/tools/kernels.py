@@ -12,7 +12,9 @@ from relora_mora.kernels import cpu, ops
 T = TypeVar("T")
 
 # tests/gpu runs these tests on a GPU, whose kernels are compiled at run time
-COMPILED = os.environ.get("TEST_DEVICE", "cpu") != "cpu" or cpu.available()
+ON_GPU = os.environ.get("TEST_DEVICE", "cpu") != "cpu"
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="it is about GPUs, and TEST_DEVICE=cpu")
+COMPILED = ON_GPU or cpu.available()
 compiled_only = pytest.mark.skipif(not COMPILED, reason=f"kernels are {ops.describe()}")
 WITH_LIBRARY = (True, False) if COMPILED else (False,)
 

@@ -1,6 +1,5 @@
 """Checkpoints of no run, and trainers that send them to a mirror."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from relora_mora.checkpoint.layout import file_entry, step_folder
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.system.run_folder import RunFolder
 from tests.tools.checkpoints import made_manifest
+from tests.tools.helpers import wait_until
 
 URL = "memory://bucket/run"
 
@@ -40,7 +40,4 @@ def sent(run: Path, *steps: int, url: str = URL) -> None:
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(condition, 60)

@@ -4,7 +4,6 @@ The limits are the highest rates found in OLMo-core, torchtitan, nanochat and mo
 """
 
 import re
-from collections.abc import Iterable
 
 from tests.tools.helpers import ROOT
 
@@ -21,31 +20,25 @@ LIMITS = {
     " of which": 5,
     " that of ": 5,
 }
-CODE = ("relora_mora/**/*.py", "launch/**/*.py", "tokenizer/*.py")
-DOCS = ("*.md", "docs/*.md", "docs/tutorials/*.md", "configs/**/*.md", "tokenizer/*.md")
-
-
-def faults(name: str, text: str) -> list[str]:
-    """What is over its limit in a text, whose ``name`` the messages use."""
-    lines = text.count("\n") + 1
-    words = re.sub(r"\s+", " ", text)  # a word may be at the end of a line
-    words = re.sub(r"\b([Tt]here) is no ", r"\1 are no ", words)  # "there is no" is fine
-    rates = {word: 10_000 * words.count(word) / lines for word in LIMITS}
-    return [
-        f'"{word.strip()}" {rate:.1f} times per 10,000 lines of {name}, at most {LIMITS[word]}'
-        for word, rate in rates.items()
-        if rate > LIMITS[word]
-    ]
-
-
-def text_of(patterns: Iterable[str]) -> str:
-    files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-    assert files, patterns
-    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+TEXTS = {
+    "code": ("relora_mora/**/*.py", "launch/**/*.py", "tokenizer/*.py"),
+    "docs": ("*.md", "docs/*.md", "docs/tutorials/*.md", "configs/**/*.md", "tokenizer/*.md"),
+}
 
 
 def main() -> None:
-    too_many = [*faults("code", text_of(CODE)), *faults("docs", text_of(DOCS))]
+    too_many = []
+    for name, patterns in TEXTS.items():
+        text = "\n".join(path.read_text(encoding="utf-8") for each in patterns for path in ROOT.glob(each))
+        lines = text.count("\n") + 1
+        words = re.sub(r"\s+", " ", text)  # a word may be at the end of a line
+        words = re.sub(r"\b([Tt]here) is no ", r"\1 are no ", words)  # "there is no" is fine
+        rates = {word: 10_000 * words.count(word) / lines for word in LIMITS}
+        too_many += [
+            f'"{word.strip()}" {rate:.1f} times per 10,000 lines of {name}, at most {LIMITS[word]}'
+            for word, rate in rates.items()
+            if rate > LIMITS[word]
+        ]
     if too_many:
         raise SystemExit("\n".join(["write plainly (CONTRIBUTING.md, Style):", *too_many]))
 

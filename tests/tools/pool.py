@@ -6,15 +6,15 @@ import gc
 import multiprocessing as mp
 import os
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from tests.tools.ports import free_port
 
@@ -27,12 +27,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 class PoolError(RuntimeError):
-    """The workers cannot be used any more: one has died, or all of them hang. The message has each one's stack."""
+    """The workers cannot be used any more: one has died, or all of them hang. Each has written its stack to stderr."""
 
 
-def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection, stacks: Path) -> None:
-    # of C: it needs no lock of the interpreter
-    faulthandler.register(STACKS_SIGNAL, file=stacks.open("w"), all_threads=True)
+def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection) -> None:
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)  # of C: it needs no lock of the interpreter
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -63,8 +62,8 @@ class Pool:
     """``pool(function, *args)`` runs a module-level function on every rank and returns the list of results, which holds
     no tensor of a GPU. ``device``: cpu or cuda.
 
-    If a worker has died, or there is no answer for LONGEST_SECONDS, the others are ended and :class:`PoolError` has
-    their stacks; ``is_broken`` is true from then on, and after a collective that not all ranks have reached.
+    If a worker has died, or there is no answer for LONGEST_SECONDS, the others are ended (:class:`PoolError`).
+    ``is_broken`` is true from then on, and after a collective that not all ranks have reached.
     """
 
     def __init__(self, world_size: int, device: str = "cpu") -> None:
@@ -79,31 +78,22 @@ class Pool:
         pipes = [context.Pipe() for _ in range(world_size)]
         self.is_broken = False
         self.pipes = [ours for ours, _ in pipes]
-        self._folder = tempfile.TemporaryDirectory(prefix="pool-")
-        self._stacks = [Path(self._folder.name, f"rank-{rank}") for rank in range(world_size)]
-        given = [(rank, world_size, port, device, theirs, self._stacks[rank]) for rank, (_, theirs) in enumerate(pipes)]
+        given = [(rank, world_size, port, device, theirs) for rank, (_, theirs) in enumerate(pipes)]
         self.processes = [context.Process(target=_serve, args=each, daemon=True) for each in given]
         for process in self.processes:
             process.start()
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         begin = time.monotonic()
-        what = f"{function.__name__}{args}"
         try:
             for pipe in self.pipes:
                 pipe.send((function, args, kwargs))
-        except BrokenPipeError:
-            raise self._broken(f"a rank had ended before {what}") from None
-        while not all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes):  # an answer, or closed
-            codes = [process.exitcode for process in self.processes]
-            if codes != [None] * len(codes):
-                raise self._broken(f"the ranks have the exit codes {codes} in {what}")
-            if time.monotonic() > begin + LONGEST_SECONDS:
-                raise self._broken(f"no answer to {what} in {LONGEST_SECONDS:.0f} s")
-        try:
+            while not all(pipe.poll(POLL_SECONDS / len(self.pipes)) for pipe in self.pipes):  # an answer, or closed
+                if time.monotonic() > begin + LONGEST_SECONDS or not all(map(mp.Process.is_alive, self.processes)):
+                    raise EOFError
             answers = [pipe.recv() for pipe in self.pipes]
-        except EOFError:
-            raise self._broken(f"a rank ended in {what}") from None
+        except (BrokenPipeError, EOFError):
+            raise self._broken(f"{function.__name__}{args} after {time.monotonic() - begin:.0f} s") from None
         failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
         if failed:
             if time.monotonic() - begin > COLLECTIVE_SECONDS:
@@ -111,7 +101,8 @@ class Pool:
             raise AssertionError("\n".join(failed))
         return [value for _, value in answers]
 
-    def _broken(self, reason: str) -> PoolError:
+    def _broken(self, what: str) -> PoolError:
+        lines = [f"{what}: not every rank has an answer; exit codes: {[each.exitcode for each in self.processes]}"]
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, STACKS_SIGNAL)
@@ -119,10 +110,9 @@ class Pool:
         for rank, pipe in enumerate(self.pipes):
             with contextlib.suppress(EOFError, OSError):
                 if pipe.poll() and not (answer := pipe.recv())[0]:
-                    reason += f"\nrank {rank} had failed:\n{answer[1]}"
-        texts = [f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self._stacks) if stacks.exists()]
+                    lines.append(f"rank {rank} had failed:\n{answer[1]}")
         self.close()
-        return PoolError("\n".join([reason, *texts]))
+        return PoolError("\n".join(lines))
 
     def close(self) -> None:
         """Ends the workers, which have nothing to lose: to leave politely takes them seconds."""
@@ -131,7 +121,15 @@ class Pool:
             process.kill()
         for process in self.processes:
             process.join()
-        self._folder.cleanup()
+
+
+def most_ranks(device: str) -> int:
+    """How many ranks a pool may have: one for each GPU."""
+    if device != "cuda":
+        return 8
+    import torch
+
+    return torch.cuda.device_count()
 
 
 class Pools:
@@ -142,6 +140,8 @@ class Pools:
         self.by_size: dict[int, Pool] = {}
 
     def __call__(self, world_size: int) -> Pool:
+        if world_size > most_ranks(self.device):
+            pytest.skip(f"{world_size} ranks need as many GPUs")
         if world_size not in self.by_size or self.by_size[world_size].is_broken:
             self.by_size[world_size] = Pool(world_size, device=self.device)
         return self.by_size[world_size]

@@ -37,7 +37,6 @@ CELLS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     ),
 }
 RESUMED_AT = 3
-SPIKES = ("losses", "spikes")  # what counters had of them
 NO_RESULTS = ("seconds", "/digest", "/answers")  # metrics that are times, or what was scored
 
 
@@ -109,9 +108,8 @@ def numbers(run_dir: Path) -> dict[tuple[int, str], Any]:
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    # a field that is null may be missing in another version, and so may those of spikes of the loss
-    counters = values["counters"].items()
-    values["counters"] = {key: value for key, value in counters if value is not None and key not in SPIKES}
+    # a field that is null may be missing in another version
+    values["counters"] = {key: value for key, value in values["counters"].items() if value is not None}
     place = ("files", "checksum", "config")
     return {key: value for key, value in values.items() if value is not None and key not in place}
 

@@ -1,93 +1,90 @@
-"""Every setting in docs/settings.md, from the schema."""
+"""Every setting in docs/settings.md, from the JSON schema of ``Config``."""
 
-import types
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-from typing_extensions import is_typeddict
 
-from relora_mora.config.explain import model_in
 from relora_mora.config.schema import Config
 from relora_mora.config.types import LARGEST
 
-_SIGNS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+Schema = dict[str, Any]
+_SCHEMA = Config.model_json_schema()
+_KINDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`", "null": "null"}
+_SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+_HEAD = ["| setting | values | default | what it does |", "|---|---|---|---|"]
 
 
 def generated() -> str:
-    """A table for each section."""
+    """A table for each section, followed by one for each kind of records in it."""
     parts = []
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type) and issubclass(section, BaseModel)
-        parts.append(_section(name, section))
-        parts += [_section(f"{name}.{key}", record, level=3) for key, record in _records(section).items()]
+    for name, section in _SCHEMA["properties"].items():
+        fields = _named(section)["properties"]
+        parts.append(_table("##", name, _named(section)))
+        records: dict[str, str] = {}  # by the first setting that holds them
+        for key, field in fields.items():
+            for record, suffix in _records(field):
+                records.setdefault(record, f"{name}.{key}{suffix}")
+        parts += [_table("###", place, _SCHEMA["$defs"][record]) for record, place in records.items()]
     return "\n".join(parts)
 
 
-def _records(section: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The kinds of records in a section, by the first setting that holds them; ``.N`` marks an element of a list."""
-    records: dict[type[BaseModel], str] = {}
-    for key, field in section.model_fields.items():
-        record = model_in(field.annotation)
-        if record is not None:
-            is_single = get_args(field.annotation) == (record, type(None))
-            records.setdefault(record, key if is_single else f"{key}.N")
-    return {key: record for record, key in records.items()}
+def _named(schema: Schema) -> Schema:
+    return _SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
 
-def _section(name: str, section: type[BaseModel], level: int = 2) -> str:
-    rows = [f"{'#' * level} {name}", ""]
-    if section.__doc__ and section.__dict__.get("__doc__"):
-        rows += [" ".join(section.__doc__.replace("``", "`").split()), ""]
-    rows += ["| setting | values | default | what it does |", "|---|---|---|---|"]
-    for key, field in section.model_fields.items():
-        cells = [f"`{name}.{key}`", _values(field.annotation, field.metadata), _default(field), field.description or ""]
+def _is_record(schema: Schema) -> bool:
+    return "$ref" in schema and _named(schema)["title"] != "DeepSpeed"
+
+
+def _records(schema: Schema, suffix: str = "") -> Iterator[tuple[str, str]]:
+    """The kinds of records in a setting, and ``.N`` for those that are elements of a list."""
+    if _is_record(schema):
+        yield schema["$ref"].rpartition("/")[2], suffix
+    for part in schema.get("anyOf", ()):
+        yield from _records(part, suffix)
+    if "items" in schema:
+        yield from _records(schema["items"], ".N")
+
+
+def _table(heading: str, name: str, record: Schema) -> str:
+    about = [" ".join(record["description"].replace("``", "`").split()), ""] if "description" in record else []
+    rows = [f"{heading} {name}", "", *about, *_HEAD]
+    for key, field in record["properties"].items():
+        cells = (f"`{name}.{key}`", _values(field), _default(field), " ".join(field.get("description", "").split()))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
-def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+def _default(field: Schema) -> str:
+    if "default" not in field:
         return "must be given"
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
-    if isinstance(value, list) and len(value) > 6:
-        return "all"
+    value = field["default"]
     if isinstance(value, float):
         return f"`{value:g}`"
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
-    return f"`{text.removesuffix('...' + chr(10)).strip()}`"
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n")
+    return f"`{text.strip()}`"
 
 
-def _values(annotation: Any, metadata: list[Any]) -> str:
+def _values(schema: Schema) -> str:
     """The valid values of a setting in words: its type and limits, or its choices."""
-    for item in metadata:
-        if getattr(item, "json_schema_input_type", PydanticUndefined) is not PydanticUndefined:
-            return _values(item.json_schema_input_type, [])  # a setting of several forms
-    origin = get_origin(annotation)
-    arguments = get_args(annotation)
-    if origin is Annotated:
-        extra = [item for part in arguments[1:] for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
-        return _values(arguments[0], [*extra, *metadata])
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else _values(part, metadata) for part in arguments)
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
-    if origin is list:
-        return f"list of {_values(arguments[0], [])}"
-    if origin is tuple:
-        return f"list of {len(arguments)}: {_values(arguments[0], [])}"
-    if origin is dict or is_typeddict(annotation):
-        return "names and values"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if "anyOf" in schema:
+        return " or ".join(map(_values, schema["anyOf"]))
+    if _is_record(schema):
         return "records (below)"
-    kind = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}[annotation]
-    limits = [
-        f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}"
-        for item in metadata
-        for attribute, sign in _SIGNS
-        if (value := getattr(item, attribute, None)) not in (None, LARGEST)
-    ]
-    return " ".join([kind, ", ".join(limits)]).strip()
+    schema = _named(schema)
+    choices = [schema["const"]] if "const" in schema else schema.get("enum")
+    if choices:
+        return ", ".join(f"`{value}`" for value in choices)
+    if "prefixItems" in schema:
+        return f"list of {len(schema['prefixItems'])}: {_values(schema['prefixItems'][0])}"
+    if schema["type"] == "array":
+        return f"list of {_values(schema['items'])}"
+    if schema["type"] == "object":
+        return "names and values"
+    limits = [f"{sign} {_number(schema[key])}" for key, sign in _SIGNS.items() if schema.get(key, LARGEST) != LARGEST]
+    return " ".join([_KINDS[schema["type"]], ", ".join(limits)]).strip()
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,42 +10,29 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from relora_mora.adapters.inject import choose_storage, inject
-from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups, set_trainable
 from relora_mora.system.hardware import uses_cuda
+from tests.tools.runs import LLAMA, run_config
 
 VOCABULARY, LENGTH, BATCH = 64, 16, 8
 
 
 def tiny_llama(**changes: Any) -> LlamaConfig:
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaConfig(
-        **({"vocab_size": VOCABULARY, "max_position_embeddings": 64, "use_cache": False} | sizes | changes)
-    )
+    return LlamaConfig(**(LLAMA | {"vocab_size": VOCABULARY, "use_cache": False} | changes))
 
 
 def tiny_config(world_size: int = 1, **sections: dict[str, Any]) -> Config:
-    tree: dict[str, dict[str, Any]] = {
-        "model": {"config": "unused.json"},
-        "tokenizer": {"path": "unused"},
-        "data": {"train": "unused", "validation": "unused", "sequence_length": LENGTH},
-        "method": {"name": "remora", "rank": 3, "operators": [1, 2], "merge_every": 4},
-        "optim": {"lr": 2e-2, "lr_other": 1e-2, "warmup_steps": 1, "restart_warmup_steps": 2},
-        "train": {
-            "run_dir": "unused",
-            "steps": 40,
-            "batch_size": BATCH,
-            "micro_batch_size": 2,
-            "precision": "fp32",
-            "zero_stage": 2,
-        },
+    """As :func:`run_config`, of a run that reads no files."""
+    own: dict[str, dict[str, Any]] = {
+        "data": {"sequence_length": LENGTH},
+        "optim": {"warmup_steps": 1},
+        "train": {"steps": 40, "batch_size": BATCH, "micro_batch_size": 2, "zero_stage": 2},
     }
-    for section, changes in sections.items():
-        tree.setdefault(section, {}).update(changes)
-    return validate(tree, "the test", world_size=world_size)
+    changed = {name: own.get(name, {}) | sections.get(name, {}) for name in {**own, **sections}}
+    return run_config(Path("unused"), "unused", Path("unused"), world_size, **changed)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""The calls from ``pretrain()`` to the first step: ``python -m tests.tools.trace_start``.
+"""The calls from ``pretrain()`` to the first step of a tiny run: ``python -m tests.tools.trace_start``.
 
-Begins a tiny run in this process and prints the files of the package that its main thread enters, how
-often a file of a lower room returns to one of an upper room, and how often it calls back into one. A call from the same
-line to the same function counts once.
+Prints how many files of the package the main thread enters, how often a file of a lower room returns to one of an upper
+room, and how often it calls back into one. A call from the same line to the same function counts once.
 """
 
 import os
@@ -16,58 +15,42 @@ from tests.test_structure import LAYER, PACKAGE
 from tests.tools.runs import run_config, train, write_inputs
 from tests.tools.tokenizer_tools import train_tokenizer
 
-
-class Trace:
-    """A profile function that notes which file calls which."""
-
-    def __init__(self) -> None:
-        self.files: set[str] = set()
-        self.returns: set[tuple[str, int, str]] = set()
-        self.callbacks: set[tuple[str, int, str]] = set()
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        here = _file(frame)
-        if event != "call" or here is None:
-            return
-        self.files.add(here)
-        caller = frame.f_back
-        while caller is not None and _file(caller) is None:  # a library may stand between
-            caller = caller.f_back
-        there = None if caller is None else _file(caller)
-        if caller is None or there is None:
-            return
-        call = (there, caller.f_lineno, frame.f_code.co_qualname)
-        if _layer(there) > _layer(here):
-            self.returns.add(call)
-        elif _layer(there) < _layer(here):
-            self.callbacks.add(call)
+ROOT = f"{PACKAGE}/"
 
 
-def _file(frame: FrameType) -> str | None:
-    name = frame.f_code.co_filename
-    return name.removeprefix(f"{PACKAGE}/") if name.startswith(f"{PACKAGE}/") else None
-
-
-def _layer(file: str) -> int:
-    return LAYER.get(file.partition("/")[0].removesuffix(".py"), 0)
+def layer(file: str) -> int:
+    return LAYER.get(file.removeprefix(ROOT).partition("/")[0].removesuffix(".py"), 0)
 
 
 def main() -> None:
+    files: set[str] = set()
+    calls: set[tuple[str, int, str, str]] = set()  # file and line of the caller, file and function that it calls
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        code, caller = frame.f_code, frame.f_back
+        if event != "call" or not code.co_filename.startswith(ROOT):
+            return
+        files.add(code.co_filename)
+        while caller is not None and not caller.f_code.co_filename.startswith(ROOT):  # a library may be between
+            caller = caller.f_back
+        if caller is not None:
+            calls.add((caller.f_code.co_filename, caller.f_lineno, code.co_filename, code.co_qualname))
+
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    trace = Trace()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_tokenizer(folder / "tokenizer")
         config = run_config(write_inputs(folder), str(folder / "tokenizer"), folder / "run")
-        sys.setprofile(trace)
+        sys.setprofile(note)
         try:
             train(config, stop_after=0)
         finally:
             sys.setprofile(None)
-    back = {call for call in trace.returns if call[0].startswith("train/")}
-    main_file = {call for call in back if call[0] == "train/pretrain.py"}
-    print(f"{len(trace.files)} files, {len(trace.callbacks)} calls back from a lower room into an upper one")
-    print(f"{len(trace.returns)} returns to an upper room: {len(back)} to train/, {len(main_file)} to its pretrain.py")
+    back = [caller for caller, _, called, _ in calls if layer(caller) < layer(called)]
+    returns = [caller.removeprefix(ROOT) for caller, _, called, _ in calls if layer(caller) > layer(called)]
+    print(f"{len(files)} files, {len(back)} calls back from a lower room into an upper one")
+    of_train = [caller for caller in returns if caller.startswith("train/")]
+    print(f"{len(returns)} returns to an upper room: {len(of_train)} to train/")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 import base64
 import json
+import logging
 import re
-from contextlib import AbstractContextManager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from werkzeug import Request, Response
+from werkzeug.serving import make_server
 
 from tests.tools.faulty_server import running
 
@@ -12,94 +17,66 @@ COMMIT = "c" * 40
 TOKEN = "hf_" + "s" * 30  # the only one that it accepts
 
 
-class UploadHub(ThreadingHTTPServer):
+class UploadHub:
     """``files`` are those of each repository by path. ``refused`` maps a part of a path to the status it answers."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.refused: dict[str, int] = {}
-        self.asked: list[str] = []
+        self.url = ""
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+    @Request.application
+    def __call__(self, request: Request) -> Response:
+        status = next((status for part, status in self.refused.items() if part in request.path), None)
+        if status is not None or request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return _json({"error": "refused"}, status or 401)
+        if request.path == "/api/validate-yaml":
+            return _json({"warnings": [], "errors": []})
+        if request.path == "/api/repos/create":
+            wanted = request.get_json()
+            name = f"{wanted['organization']}/{wanted['name']}"
+            known = name in self.files
+            self.files.setdefault(name, {".gitattributes": b""})
+            self.private.setdefault(name, wanted.get("visibility") == "private")
+            return _json({"url": f"{self.url}/{name}"}, 409 if known else 200)
+        found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/.]+)(?:\.git)?(/.*)?", request.path)
+        if found is None or found[1] not in self.files:
+            return _json({"error": "no such repository"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return self._of_repository(found[1], found[2] or "", request)
 
-
-class _Handler(BaseHTTPRequestHandler):
-    server: UploadHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.asked.append(f"{self.command} {path}")
-        status = next((status for part, status in self.server.refused.items() if part in path), None)
-        if status is None and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            status = 401
-        if status is not None:
-            self._answer(status, {"error": "refused"})
-        elif path == "/api/repos/create":
-            self._create(json.loads(body))
-        elif path == "/api/validate-yaml":
-            self._answer(200, {"warnings": [], "errors": []})
-        else:
-            self._of_repository(path, body)
-
-    do_HEAD = do_POST = do_GET
-
-    def _create(self, wanted: dict) -> None:
-        name = f"{wanted['organization']}/{wanted['name']}"
-        known = name in self.server.files
-        self.server.files.setdefault(name, {".gitattributes": b""})
-        self.server.private.setdefault(name, wanted.get("visibility") == "private")
-        self._answer(409 if known else 200, {"url": f"{self.server.url}/{name}"})
-
-    def _of_repository(self, path: str, body: bytes) -> None:
-        match = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/.]+)(?:\.git)?(/.*)?", path)
-        files = self.server.files.get(match[1]) if match else None
-        if match is None or files is None:
-            self._answer(404, {"error": "no such repository"}, {"X-Error-Code": "RepoNotFound"})
-            return
-        name, rest = match[1], match[2] or ""
-        if rest.startswith("/resolve/main/"):
-            known = rest.removeprefix("/resolve/main/") in files
+    def _of_repository(self, name: str, place: str, request: Request) -> Response:
+        files = self.files[name]
+        if place.startswith("/resolve/main/"):
+            known = place.removeprefix("/resolve/main/") in files
             headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT} if known else {"X-Error-Code": "EntryNotFound"}
-            self._answer(200 if known else 404, {}, headers)
-        elif rest.startswith("/tree/"):
-            self._answer(200, [{"type": "file", "path": each, "size": 1, "oid": "0"} for each in files])
-        elif rest.startswith("/preupload/"):
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
-            self._answer(200, {"files": modes})
-        elif rest.startswith("/commit/"):
-            for operation in map(json.loads, body.splitlines()):
+            return _json({}, 200 if known else 404, headers)
+        if place.startswith("/tree/"):
+            return _json([{"type": "file", "path": each, "size": 1, "oid": "0"} for each in files])
+        if place.startswith("/preupload/"):
+            paths = [file["path"] for file in request.get_json()["files"]]
+            return _json({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]})
+        if place.startswith("/commit/"):
+            for operation in map(json.loads, request.get_data().splitlines()):
                 value = operation["value"]
                 if operation["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif operation["key"] == "deletedFile":
                     del files[value["path"]]
-            url = f"{self.server.url}/{name}/commit/{COMMIT}"
-            self._answer(200, {"commitOid": COMMIT, "commitUrl": url, "success": True})
-        else:  # the repository itself, and whether it can be written
-            self._answer(200, {"id": name, "private": self.server.private[name], "sha": COMMIT, "siblings": []})
-
-    def _answer(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        own = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        for key, value in {**(headers or {}), **own}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+            return _json({"commitOid": COMMIT, "commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "success": True})
+        # the repository itself, and whether it can be written
+        return _json({"id": name, "private": self.private[name], "sha": COMMIT, "siblings": []})
 
 
-def upload_hub() -> AbstractContextManager[UploadHub]:
-    return running(UploadHub())
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content), status, headers, content_type="application/json")
+
+
+@contextmanager
+def upload_hub() -> Iterator[UploadHub]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for each request
+    hub = UploadHub()
+    server = make_server("127.0.0.1", 0, hub, threaded=True)
+    hub.url = f"http://127.0.0.1:{server.port}"
+    with running(server):
+        yield hub

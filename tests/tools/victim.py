@@ -1,10 +1,10 @@
 """launch/pretrain.py whose rank 1 is lost at a moment that no signal can be aimed at; VICTIM names it."""
 
 import errno
+import itertools
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,25 +23,12 @@ def killed_later(*args: Any, **kwargs: Any) -> NoReturn:
     killed()
 
 
-def connecting(whole: Callable[..., Any]) -> Callable[..., Any]:
-    """From now on the next connection kills the process: see tests/supervise/test_lost_moments.py."""
+def fail_with(error: Exception) -> None:
+    def act(trainer: Any, share: Any) -> None:
+        if trainer.state.step == 3:
+            raise error
 
-    def init_process_group(*args: Any, **kwargs: Any) -> Any:
-        Path(os.environ["CONNECTING"]).touch()
-        return whole(*args, **kwargs)
-
-    return init_process_group
-
-
-def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
-    left = iter(range(3))
-
-    def batch(self: Any) -> Any:
-        if next(left, None) is None:
-            raise OSError(errno.ESTALE, "Stale file handle", "part-1.json.gz")
-        return whole(self)
-
-    return batch
+    before_each_step(act)
 
 
 def lose_rank_1() -> None:
@@ -49,19 +36,24 @@ def lose_rank_1() -> None:
     from relora_mora.data.stream.stream import TrainStream
     from relora_mora.train import pretrain
 
-    def fail_with(error: Exception) -> None:
-        def act(trainer: Any, share: Any) -> None:
-            if trainer.state.step == 3:
-                raise error
+    connect, next_batch, batches = torch.distributed.init_process_group, TrainStream.__next__, itertools.count()
 
-        before_each_step(act)
+    def connecting(*args: Any, **kwargs: Any) -> Any:
+        """From now on the next connection kills the process: see tests/supervise/test_lost_moments.py."""
+        Path(os.environ["CONNECTING"]).touch()
+        return connect(*args, **kwargs)
+
+    def without_text(stream: TrainStream) -> Any:
+        if next(batches) == 3:
+            raise OSError(errno.ESTALE, "Stale file handle", "part-1.json.gz")
+        return next_batch(stream)
 
     if os.environ["VICTIM"] == "while it connects":
         pretrain.joined_within = lambda _: 10.0  # type: ignore[assignment]
     if os.environ["RANK"] == "1":
         match os.environ["VICTIM"]:
             case "while it connects":
-                torch.distributed.init_process_group = connecting(torch.distributed.init_process_group)
+                torch.distributed.init_process_group = connecting
             case "at the end":
                 pretrain.leave_together = killed  # type: ignore[assignment]
             case "in a save":
@@ -71,7 +63,7 @@ def lose_rank_1() -> None:
             case "disk":
                 fail_with(OSError(errno.ESTALE, "Stale file handle", "metrics.jsonl"))
             case "text":
-                TrainStream.__next__ = without_text(TrainStream.__next__)  # type: ignore[method-assign]
+                TrainStream.__next__ = without_text  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
