@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import document_boundaries
@@ -107,6 +108,8 @@ def _describe(lm: PreTrainedModel, inputs: Inputs) -> None:
         log.info("%s adapters on %d layers; %s%s%s", method.name, len(layers), used, stored, resident)
         if expert_parameters(lm):
             log.info("experts and routers have no adapters")
+    for remark in remarks(inputs.config):
+        shared_log.warning(remark)
     for note in uneven_widths(inputs.model_config) if inputs.setup.on_gpu else ():
         shared_log.warning("model: %s", note)
     counts = count_parameters(lm)
