@@ -23,7 +23,6 @@ from relora_mora.train.log.report import Logger
 ANSWER_SECONDS = 60.0  # how long to wait for the servers at a start
 FINISH_SECONDS = 20.0  # to send the rest at the end, while other ranks wait for this one
 STEP = "step"  # the x-axis of all other metrics
-UNTRAINED = 1000.0  # the perplexity of a model that begins with random weights is about its number of tokens
 
 
 class WeightsAndBiases:
@@ -122,15 +121,11 @@ class TensorBoard:
             writer.add_text("run/config", "".join(f"    {line}\n" for line in settings), 0)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one point for every number, under its tag.
-
-        The perplexity of a model that knows nothing yet is left out, because it would flatten the rest of its curve.
-        """
+        """Writes one point for every number, under its tag."""
         writer = self._writer or self._begin_file(step)  # None after a disk error
         try:
             for tag, value in values.items():
-                flattens = step == 0 and tag.endswith("perplexity") and value > UNTRAINED
-                if isinstance(value, int | float) and not flattens:
+                if isinstance(value, int | float):
                     writer.add_scalar(tag, value, step)
         except OSError:
             self.close()

@@ -1,7 +1,6 @@
 """Events between steps. Each one knows when it is due, and the loop calls all of them after every step."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,8 +8,9 @@ from relora_mora.checkpoint.layout import Manifest
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.config.schema import Config
+from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.producer import mixture_names
-from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
+from relora_mora.distributed.collectives import gather_from_ranks, sum_over_hosts
 from relora_mora.optim.groups import group_rates
 from relora_mora.sizing.measure import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
@@ -18,10 +18,9 @@ from relora_mora.system.hardware import peak_flops, peak_memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log import report
+from relora_mora.train.log.loggers import make_loggers
 from relora_mora.train.log.progress import Progress
 from relora_mora.train.state.run_state import Interval, RunState, TrainingError
-
-EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,28 @@ class Parts:
     @property
     def config(self) -> Config:
         return self.run.config
+
+
+def open_parts(run: Run, guard: Guard, mirror: Mirror | None) -> Parts:
+    """The parts of a run that is built; ``mirror`` only on the first rank. A collective."""
+    config, folder = run.config, run.inputs.folder
+    is_first = run.engine.rank == 0
+    metrics = report.Metrics(folder.path, make_loggers(folder.path, config.log), writes=is_first)
+    writer = CheckpointWriter(
+        folder.checkpoints,
+        run.engine,
+        run.base,
+        tokenizer=folder.tokenizer,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        merge_states=merge_states,
+        sync_beside=metrics.sync,
+        report=log.error,
+    )
+    if mirror is not None:
+        mirror.start()
+    progress = Progress(config.train.steps, show=is_first and config.log.progress)
+    return Parts(run, guard, metrics, progress, writer, mirror)
 
 
 def is_due(every_steps: int, step: int) -> bool:
@@ -73,22 +94,18 @@ class Reporting:
         self.sources = mixture_names(self.config.data) if self.config.data.is_mixture else ()
         self.metrics = parts.metrics
         self.progress = parts.progress
-        self.early_lines = from_first_rank(lambda: EARLY_LINES if parts.progress.is_watched else 0)
 
     def __call__(self, state: RunState) -> None:
-        """A collective. The first lines on a terminal show the loss of one step, and metrics the mean since the last
-        line."""
-        early = self.early_lines > 0
-        if early:
-            self.early_lines -= 1
-            self._show(self._over_ranks(state.interval.last_loss), self._speed(state.interval))
+        """A collective."""
         if not is_due(self.config.log.every_steps, state.step) and state.step != self.config.train.steps:
             return
         interval = state.interval
         state.interval = Interval()
         if not interval.good_steps:
             return
-        loss = self._over_ranks(interval.loss / interval.good_steps)
+        [total] = sum_over_hosts([interval.loss / interval.good_steps])
+        loss = total / self.run.engine.world_size
+        perplexity = math.exp(min(loss, 700.0))
         groups = self.run.groups
         rates = group_rates(self.run.schedule, groups, state.step)
         speed = self._speed(interval)
@@ -96,7 +113,7 @@ class Reporting:
             state.step,
             {
                 "train/loss": loss,
-                "train/perplexity": math.exp(min(loss, 700.0)),
+                "train/perplexity": perplexity,
                 "train/lr": rates[0],
                 **{f"train/lr_{group.name}": rate for group, rate in zip(groups[1:], rates[1:], strict=True)},
                 "train/grad_norm": interval.grad_norm,
@@ -106,8 +123,8 @@ class Reporting:
                 **report.data_metrics(interval.data_counts, self.sources, self.config.data.sequence_length),
             },
         )
-        if not early:
-            self._show(loss, speed)
+        tokens_per_second = f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
+        self.progress.show(state.step, f"loss {loss:.3f}, perplexity {perplexity:.1f}, {tokens_per_second}")
 
     # what takes seconds to measure is measured for the first line, and not before the first step
 
@@ -123,17 +140,6 @@ class Reporting:
         peak, source = peak_flops(bf16=self.run.inputs.setup.bf16)
         log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
         return peak
-
-    def _over_ranks(self, loss: float) -> float:
-        [total] = sum_over_hosts([loss])
-        return total / self.run.engine.world_size
-
-    def _show(self, loss: float, speed: Mapping[str, float]) -> None:
-        if math.isnan(loss):  # a step that was skipped, or has no token to score
-            return
-        perplexity = math.exp(min(loss, 700.0))
-        tokens_per_second = f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
-        self.progress.show(f"loss {loss:.3f}, perplexity {perplexity:.1f}, {tokens_per_second}")
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -36,16 +35,6 @@ def _events(folder):
 def _board(folder, tag):
     events = _events(folder)
     return [(event.step, round(event.value, 4)) for event in events.Scalars(tag)]
-
-
-def test_the_perplexity_of_an_untrained_model_does_not_flatten_the_curve(tmp_path):
-    _write_config(tmp_path)
-    metrics = opened(tmp_path, 0, loggers=[TensorBoard(tmp_path)])
-    for step, perplexity in ((0, 8192.0), (5, 2000.0)):
-        metrics.write(step, {"eval/loss": math.log(perplexity), "eval/perplexity": perplexity})
-    metrics.close()
-    assert _board(tmp_path, "eval/perplexity") == [(5, 2000.0)]
-    assert [step for step, _ in _board(tmp_path, "eval/loss")] == [0, 5]
 
 
 def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
