@@ -1,8 +1,4 @@
-"""The ends of a run: stop signals, exit codes, and a line in the run folder.
-
-The first stop signal requests an orderly stop. A later one makes the process exit immediately, whatever its main thread
-is doing.
-"""
+"""The ends of a run: stop signals, exit codes, and a line in the run folder."""
 
 import contextlib
 import json
@@ -17,46 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from relora_mora.system.files import append_synced
-from relora_mora.system.process import WakeupPipe, run_with_timeout
+from relora_mora.system.process import run_with_timeout
 from relora_mora.system.run_folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Ctrl-C on a terminal reaches the ranks directly and through the launcher: both count as one request
-SAME_REQUEST_SECONDS = 1.0
-
-
-class StopSignals:
-    """Calls ``on_first(signal)`` and, for a signal more than a second later, ``on_second(signal)``, in its own thread.
-
-    If SIGHUP is ignored, as under nohup, it stays ignored. Main thread only.
-    """
-
-    def __init__(self, on_first: Callable[[signal.Signals], None], on_second: Callable[[signal.Signals], None]) -> None:
-        self._on_first = on_first
-        self._on_second = on_second
-        self._first_at: float | None = None
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda *_: None)  # without a Python handler, C writes nothing to the pipe
-        self._pipe = WakeupPipe(self._on_signal, "signals")
-
-    def _on_signal(self, number: int) -> None:
-        if number not in STOP_SIGNALS:
-            return
-        now = time.monotonic()
-        if self._first_at is None:
-            self._first_at = now
-            self._on_first(signal.Signals(number))
-        elif now - self._first_at > SAME_REQUEST_SECONDS:
-            self._on_second(signal.Signals(number))
-
-    def close(self) -> None:
-        """Ignores signals from now on, since the end of the process is decided."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        self._pipe.close()
-
-
 FINISHED = 0
 FAILED = 1
 USER_ERROR = 2

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from relora_mora.supervise import exits
-from relora_mora.supervise.exits import PeerFailure
+from relora_mora.supervise.exits import STOP_SIGNALS, PeerFailure
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.supervise.lock import RunLock
-from relora_mora.system.process import say
+from relora_mora.system.process import WakeupPipe, say
 
 if TYPE_CHECKING:
     from relora_mora.supervise.watchdog import Watchdog  # needs torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LONG_SECONDS = 1800.0  # for `begin`: allowed for building a model, a merge or the write of a checkpoint
 LAUNCHER_SECONDS = 8.0  # to save and exit after a launcher has ended
+# Ctrl-C on a terminal reaches the ranks directly and through the launcher: both count as one request
+SAME_REQUEST_SECONDS = 1.0
 POLL_SECONDS = 0.5
 
 
@@ -28,7 +30,8 @@ class Guard:
     """Created before anything else in a process, so that it also handles signals during the imports.
 
     Create it in the main thread, one at a time. ``stop_reason`` is None until this process is asked to stop. The
-    trainer checks it once per step.
+    trainer checks it once per step. A signal more than a second after the first one makes the process exit immediately,
+    whatever its main thread is doing. If SIGHUP is ignored, as under nohup, it stays ignored.
     """
 
     def __init__(self, rank: int = 0, *, signals: bool = True) -> None:
@@ -43,7 +46,13 @@ class Guard:
         self._recorded = threading.Lock()  # taken by the first record, which counts
         self._ending = threading.Lock()  # taken by the thread that ends the process
         self._closed = threading.Event()
-        self._signals = exits.StopSignals(self._on_first_signal, self._on_second_signal) if signals else None
+        self._asked_at: float | None = None  # when the first signal came
+        self._signals: WakeupPipe | None = None
+        if signals:
+            for number in STOP_SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, lambda *_: None)  # without a Python handler, C writes nothing to the pipe
+            self._signals = WakeupPipe(self._on_signal, "signals")
         self._launchers = Launchers() if signals else None
         self._launcher_deadline: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
@@ -58,9 +67,8 @@ class Guard:
     # ---- called by the main thread ----------------------------------------------------------------------------
 
     def hold(self, lock: RunLock) -> None:
-        """The first rank holds the lock of the run folder, and records the end of the run there."""
+        """The first rank holds the lock of the run folder until this guard is closed."""
         self._lock = lock
-        self.record_in(lock.path.parent)
 
     def record_in(self, folder: Path) -> None:
         """This job owns the run folder, so its end is recorded there."""
@@ -141,6 +149,8 @@ class Guard:
         if self._lock is not None:
             self._lock.release()
         if self._signals is not None:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # the end of the process is decided
             self._signals.close()
 
     # ---- called by other threads: each of these ends the process, whatever its main thread is waiting for ----------
@@ -167,11 +177,15 @@ class Guard:
             self._folder = None  # the end of this run is not recorded there
         self._leave(code, f"{reason}: exited without saving", announced=True)
 
-    def _on_first_signal(self, number: signal.Signals) -> None:
-        self._request_stop(f"{number.name} to rank {self.rank}")
-
-    def _on_second_signal(self, number: signal.Signals) -> None:
-        self._leave(128 + number, f"a second signal ({number.name}) to rank {self.rank}: exited without saving")
+    def _on_signal(self, number: int) -> None:
+        if number not in STOP_SIGNALS:
+            return
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            self._request_stop(f"{name} to rank {self.rank}")
+        elif now - self._asked_at > SAME_REQUEST_SECONDS:
+            self._leave(128 + number, f"a second signal ({name}) to rank {self.rank}: exited without saving")
 
     def _request_stop(self, reason: str) -> None:
         self.stop_reason = reason

@@ -46,8 +46,8 @@ class RunLock:
             thread_local=False,
         )
 
-    def acquire(self, wait_seconds: float = WAIT_SECONDS) -> None:
-        """Takes the lock, waiting for another holder to end.
+    def acquire(self, wait_seconds: float = WAIT_SECONDS) -> str:
+        """Takes the lock, waiting for another holder to end; returns the content of its file, which names this process.
 
         Raises :class:`LockError` if it is still held after ``wait_seconds``, and OSError if the folder cannot be
         written.
@@ -65,6 +65,7 @@ class RunLock:
                 f"{self.path.parent}: another trainer works on this run ({who}); wait until it ends, stop it, or use "
                 "another train.run_dir"
             ) from error
+        return self.path.read_text(encoding="utf-8")
 
     def release(self) -> None:
         self._lease.release()

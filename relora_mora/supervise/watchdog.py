@@ -36,7 +36,6 @@ LINGER_SECONDS = 2.5  # for the others to read why the job ends, before the rank
 class Heartbeat:
     """The message that a rank sends to the others about once a second."""
 
-    number: int  # of this heartbeat
     action: str  # the last action that the main thread began
     actions: int  # how many actions it has begun
     action_seconds: float  # since it began the last one
@@ -120,8 +119,7 @@ class Watchdog:
         self.timeout_seconds = max(timeout_seconds, 3 * self._interval)
         self.linger_seconds = max(LINGER_SECONDS, 1.5 * self._interval)
         self._known: PeerFailure | None = None  # the failure that was published
-        self._beats = 0
-        self._action = Heartbeat(0, "started", 0, 0.0, self.timeout_seconds), time.monotonic()  # and when it began
+        self._action = Heartbeat("started", 0, 0.0, self.timeout_seconds), time.monotonic()  # and when it began
         self._last: dict[int, Heartbeat] = {}
         self._arrived: dict[int, float] = {}  # when they came by the clock of this rank
         self._closed = threading.Event()
@@ -142,7 +140,7 @@ class Watchdog:
         """
         limit = max(within or 0.0, self.timeout_seconds)
         before, _ = self._action
-        self._action = Heartbeat(0, action, before.actions + 1, 0.0, limit, failed), time.monotonic()
+        self._action = Heartbeat(action, before.actions + 1, 0.0, limit, failed), time.monotonic()
 
     def announce_exit(self, code: int, reason: str) -> None:
         """Announces to the other ranks that this one exits by itself."""
@@ -187,8 +185,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         action, began = self._action
-        self._beats += 1
-        heartbeat = replace(action, number=self._beats, action_seconds=time.monotonic() - began)
+        heartbeat = replace(action, action_seconds=time.monotonic() - began)  # another number each time
         with self._store_lock:
             self._store.set(f"heartbeat/{self.rank}", json.dumps(asdict(heartbeat)))
 

@@ -95,26 +95,21 @@ def make_folder(path: Path) -> None:
     Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
 
 
-def append_whole(handle: int, line: bytes) -> None:
-    """Appends a line to an open file, completely or not at all; a disk that fills up would take a part of it.
-
-    Raises OSError.
-    """
-    before = os.fstat(handle).st_size
-    if os.write(handle, line) < len(line):
-        os.ftruncate(handle, before)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def append_line(path: Path, line: str) -> None:
+    """Appends a line, completely or not at all, to a file that need not exist yet. Raises OSError with the path."""
+    content = f"{line}\n".encode()
+    with disk_faults_named(path), path.open("ab", buffering=0) as stream:
+        before = os.fstat(stream.fileno()).st_size
+        if os.write(stream.fileno(), content) < len(content):  # a disk that fills up takes a part of it
+            stream.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def append_synced(path: Path, line: str) -> None:
-    """Appends a line with :func:`append_whole` to a file that need not exist yet. Raises OSError with the path."""
+    """Appends a line as :func:`append_line` does, and flushes it to the disk."""
+    append_line(path, line)
     with disk_faults_named(path):
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            append_whole(handle, f"{line}\n".encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from relora_mora.checkpoint.mirror import Mirror
-from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.schema import Config
 from relora_mora.distributed.collectives import (
     from_first_rank,
@@ -13,6 +12,7 @@ from relora_mora.distributed.collectives import (
     is_device_failure,
     is_peer_failure,
     leave_together,
+    on_all_ranks,
 )
 from relora_mora.distributed.join import CHECKS, JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
@@ -23,7 +23,7 @@ from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory
-from relora_mora.system.logs import counted, log, setup_logging, shared_log
+from relora_mora.system.logs import counted, log, setup_logging
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import build, warm_up
@@ -64,7 +64,10 @@ def _pretrain(config: Config, guard: Guard) -> int:
         rank, world_size = _join(config, guard)
         inputs = from_first_rank(lambda: open_inputs(config, world_size))  # all checks; nothing is built
         inputs = agree(inputs, config, rank)
-        inputs, mirror = _take_folder(inputs, rank, guard)
+        where, mirror = _take_folder(inputs, rank, guard)
+        inputs = with_whole_text(inputs, guard)
+        guard.begin("reading the checkpoint", within=LONG_SECONDS)
+        inputs = replace(inputs, checkpoint=checkpoint_at(where, inputs, rank))
     with Bar("reading the checkpoint" if inputs.checkpoint else "building the model", show=config.log.progress):
         guard.begin("building the model", within=LONG_SECONDS)
         run = build(inputs, rank)
@@ -97,43 +100,30 @@ def _join(config: Config, guard: Guard) -> tuple[int, int]:
     return rank, world_size
 
 
-def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Inputs, Mirror | None]:
-    """Takes the lock of the run folder, makes tokens, counts epochs, and finds where the run goes on; a collective.
+def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Path | None, Mirror | None]:
+    """Takes the run folder and its mirror for this job; a collective.
 
-    The first rank also takes the mirror, which fills an empty run folder.
+    Returns where the run goes on (see :func:`where_to_resume`) and, on the first rank, the mirror, which has filled an
+    empty run folder.
     """
-    config = inputs.config
-    folder = inputs.folder
-    lock = from_first_rank(lambda: _lock(guard, folder.path))
-    check_shared(folder.lock, lock)
+    config, folder = inputs.config, inputs.folder
+    lock = RunLock(folder.path, guard.folder_lost)
+    content = from_first_rank(lock.acquire)
+    if rank == 0:
+        guard.hold(lock)
+    on_all_ranks(lambda: check_shared(folder.lock, content))
     guard.record_in(folder.path)
-    mirror: Mirror | None = None
+    store = config.checkpoint.mirror
+    mirror = Mirror(store, folder) if store is not None and rank == 0 else None
 
     def find() -> Path | None:
-        nonlocal mirror
-        if config.checkpoint.mirror is not None:
-            mirror = Mirror(config.checkpoint.mirror, folder)
+        if mirror is not None:
             mirror.claim()
             mirror.fetch(config.train.resume)
         return where_to_resume(config)
 
-    guard.begin("looking for a checkpoint", within=READING_SECONDS if config.checkpoint.mirror else LONG_SECONDS)
-    where = from_first_rank(find)
-    inputs = with_whole_text(inputs, guard)
-    for remark in remarks(inputs.config):
-        shared_log.warning(remark)
-    guard.begin("reading the checkpoint", within=LONG_SECONDS)
-    if where is not None:
-        inputs = replace(inputs, checkpoint=checkpoint_at(where, inputs, rank))
-    return inputs, mirror
-
-
-def _lock(guard: Guard, folder: Path) -> str:
-    """Takes the lock of the run folder and returns the content of the lock file."""
-    lock = RunLock(folder, guard.folder_lost)
-    lock.acquire()
-    guard.hold(lock)
-    return lock.path.read_text(encoding="utf-8")
+    guard.begin("looking for a checkpoint", within=LONG_SECONDS if store is None else READING_SECONDS)
+    return from_first_rank(find), mirror
 
 
 def _fit(trainer: Trainer, guard: Guard) -> int:

@@ -151,6 +151,7 @@ folder = Path(sys.argv[2])
 lock = RunLock(folder)
 lock.acquire()
 guard.hold(lock)
+guard.record_in(folder)
 os.mkfifo(folder / "ends.jsonl")  # opening it takes forever, like a disk that is gone
 if sys.argv[1] == "training":
     guard.training()

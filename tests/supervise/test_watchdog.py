@@ -54,7 +54,7 @@ def test_the_ranks_at_fault_are_named(ranks: list[dict[str, Any]], named: list[i
     for rank, given in enumerate(ranks):
         values = {"actions": 5, "seconds": 1.0, "ago": 0.0, "limit": 60.0, "failed": ""} | given
         action = f"step {values['actions']}"
-        heartbeats[rank] = Heartbeat(7, action, values["actions"], values["seconds"], values["limit"], values["failed"])
+        heartbeats[rank] = Heartbeat(action, values["actions"], values["seconds"], values["limit"], values["failed"])
         silent[rank] = values["ago"]
     failure = find_failure(heartbeats, silent, 12.0, 4.0)
     assert (failure.ranks if failure else []) == named

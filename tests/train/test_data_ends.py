@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 
 from relora_mora.data.errors import SourceError
-from relora_mora.train.loop.loop import fail_for_data
 from relora_mora.train.loop.step import DataFailed
-from relora_mora.train.state.run_state import DataError, RunState, TrainingError
+from relora_mora.train.state.run_state import DataError, TrainingError
 from tests.tools.data_tools import write_shard
-from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.runs import checkpoint_at, metrics
 
@@ -28,16 +26,15 @@ def ended(config: Any) -> tuple[str, str]:
     return type(caught.value).__name__, str(caught.value)
 
 
-@each("kind", [OSError, SourceError])
-def test_a_data_fault_is_reported_even_if_nothing_can_be_saved(monkeypatch, kind):
-    def fail(parts: Any, state: RunState) -> None:
-        raise TrainingError("the checkpoint failed")
-
-    monkeypatch.setattr("relora_mora.train.loop.loop.save_final", fail)
-    with pytest.raises(OSError if kind is OSError else DataError) as raised:
-        fail_for_data(None, RunState(initial_seed=0, step=3), DataFailed([kind("the disk of the text is gone")]))
-    assert "the disk of the text is gone" in str(raised.value)
-    assert ("the checkpoint failed" in str(raised.value)) == (kind is SourceError)
+def test_all_ranks_end_with_the_error_of_those_whose_data_failed():
+    bad, hung, gone = SourceError("a bad row"), RuntimeError("a worker hangs"), OSError("the disk is gone")
+    for failures, kind, text in (
+        ([bad, bad], DataError, "a bad row"),
+        ([bad, hung], TrainingError, "a bad row\na worker hangs"),
+        ([bad, gone], OSError, "the disk is gone"),
+    ):
+        cause = DataFailed(failures).cause
+        assert (type(cause), str(cause), cause.same_on_all_ranks) == (kind, text, True)
 
 
 def test_too_little_text_is_reported_before_the_first_evaluation(runs, pools, tmp_path):

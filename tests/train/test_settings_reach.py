@@ -1,7 +1,5 @@
 """Which settings of model and data reach the evaluation; and that relora-mora evaluate sees what training saw."""
 
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +8,7 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config, ModelConfig
+from tests.tools.commands import EVALUATE, call
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.runs import LLAMA, logged_values, run_config, train
 
@@ -109,20 +108,8 @@ def evaluations(config: Config) -> dict[str, float]:
     run_dir = Path(config.train.run_dir)
     before, after = logged_values(run_dir, "eval/loss")
     export(run_dir, run_dir / "export")
-    return {
-        "before": before,
-        "trainer": after,
-        "evaluate.py": _command_on(run_dir, config),
-    }
-
-
-def _command_on(run_dir: Path, config: Config) -> float:
-    from relora_mora.commands.evaluate import main
-
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        main(str(run_dir), data=config.data.validation[""][0].source)
-    return json.loads(output.getvalue().splitlines()[-1])["loss"]
+    answer = call(EVALUATE, run_dir, f"--data={config.data.validation[''][0].source}")
+    return {"before": before, "trainer": after, "command": json.loads(answer.out.splitlines()[-1])["loss"]}
 
 
 @pytest.fixture(scope="module")
@@ -149,4 +136,4 @@ def test_what_training_sees_is_evaluated(pools, inputs, tokenizer_path, tmp_path
         changed = abs(seen["before"] - unchanged["before"]) > TOLERANCE
         assert changed == any(REACHES[name].evaluation for name in names)
     assert seen["trainer"] != seen["before"]
-    assert seen["evaluate.py"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
+    assert seen["command"] == pytest.approx(seen["trainer"], abs=TOLERANCE)

@@ -116,12 +116,3 @@ def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
     message = runs.refusal(config, error)
     assert expected in message
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-@needs_lm_eval
-def test_a_file_of_lm_evals_format_is_a_task(pools, inputs, tokenizer_path, tmp_path):
-    settings = {"tasks": [str(inputs / "own.yaml")], "tasks_every_steps": 0}
-    pools(1)(train, scored(inputs, tokenizer_path, tmp_path / "run", eval=settings))
-    assert {step: sorted(found) for step, found in scores(tmp_path / "run").items()} == {
-        step: ["tasks/own/acc", "tasks/own/acc_norm"] for step in (0, 6)
-    }

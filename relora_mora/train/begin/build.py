@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.mora import operator_in_use, set_operators
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import document_boundaries
@@ -117,6 +118,8 @@ def _describe(lm: PreTrainedModel, inputs: Inputs) -> None:
         elements = inputs.config.tokens_per_micro_batch * len(lm.get_output_embeddings().weight)
         size = elements * 2 * bytes_per_logit(torch.bfloat16 if inputs.setup.bf16 else torch.float32, in_place=False)
         log.info("model: its loss needs all logits of a micro-batch at once, %.1f GiB with gradients", size / 2**30)
+    for remark in remarks(inputs.config):
+        shared_log.warning(remark)
     for note in uneven_widths(inputs.model_config) if inputs.setup.on_gpu else ():
         shared_log.warning("model: %s", note)
     counts = count_parameters(lm)

@@ -238,13 +238,14 @@ def with_whole_text(inputs: Inputs, guard: Guard) -> Inputs:
     shards: list[Shard] = from_first_rank(
         lambda: tokens_of_whole_rows(inputs.shards, config.data, config.tokenizer_path, inputs.folder.tokens)
     )
-    epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
+    inputs = replace(inputs, shards=shards)
+    epochs = config.train.epochs
     if epochs is None:
-        return replace(inputs, shards=shards)
+        return inputs
     guard.begin("counting the tokens of the training text", within=READING_SECONDS)
-    counted = with_counted_epochs(config, from_first_rank(lambda: _count_tokens(config, shards, epochs)))
+    counted = with_counted_epochs(config, from_first_rank(lambda: _count_tokens(config, inputs.shards, epochs)))
     setup = replace(inputs.setup, config=counted)
-    return replace(inputs, setup=setup, shards=shards, epochs=epochs, warmup_fraction=warmup_fraction)
+    return replace(inputs, setup=setup, epochs=epochs, warmup_fraction=config.optim.warmup_fraction)
 
 
 def _count_tokens(config: Config, shards: Sequence[Shard], epochs: float) -> int:

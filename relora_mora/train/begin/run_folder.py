@@ -17,7 +17,6 @@ import torch
 from relora_mora import __version__
 from relora_mora.checkpoint.layout import abandon
 from relora_mora.config.load import ConfigError, dump
-from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.work import meta_model
@@ -37,17 +36,13 @@ PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
 def check_shared(file: Path, content: str) -> None:
-    """A collective. Raises :class:`ConfigError` on all ranks if one does not see what the first rank wrote."""
+    """Raises :class:`ConfigError` if this rank does not see in its run folder what the first rank has written there."""
     deadline = time.monotonic() + APPEAR_SECONDS
-    while not (seen := _content(file) == content) and time.monotonic() < deadline:
+    while _content(file) != content:
+        if time.monotonic() > deadline:
+            fault = f"train.run_dir: {file.parent} is not the folder that the first rank has written to"
+            raise ConfigError([f"{fault}; put it on a file system that all hosts share"], "the settings")
         time.sleep(0.2)
-    missing = [place for place in gather_from_ranks(None if seen else socket.gethostname()) if place is not None]
-    if missing:
-        fault = (
-            f"train.run_dir: {file.parent} is another folder on {', '.join(dict.fromkeys(missing))}; put it on a file "
-            "system that all hosts share"
-        )
-        raise same_on_all_ranks(ConfigError([fault], "what the ranks found"))
 
 
 def _content(file: Path) -> str | None:
@@ -57,16 +52,8 @@ def _content(file: Path) -> str | None:
         return None
 
 
-def start_records(folder: RunFolder) -> None:
-    """Called when a run starts at step 0: renames the records of an earlier run that has made at least one step."""
-    files = [path for path in (folder.metrics, folder.starts) if path.exists()]
-    lines = [line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if any('"step": 0,' not in line for line in lines):
-        abandon_records(folder)
-
-
 def abandon_records(folder: RunFolder) -> None:
-    """Renames the metrics, starts and task scores of the run that was in the folder before."""
+    """Renames the metrics, starts and task scores of a run that was in the folder before and is not continued."""
     for path in (folder.metrics, folder.starts, folder.tasks):
         if path.exists():
             abandon(path)

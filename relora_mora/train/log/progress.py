@@ -33,35 +33,30 @@ def describe(run: Run, state: RunState) -> str:
 class Progress:
     """Shows steps and the time left. Bars appear only on a terminal; the lines of :meth:`show` appear everywhere.
 
-    ``total`` and ``done`` count optimizer steps. With ``show`` False (other ranks, log.progress=false), nothing is
-    shown.
+    With ``show`` False (other ranks, log.progress=false), nothing is shown.
     """
 
-    def __init__(self, *, total: int, done: int, show: bool) -> None:
-        self.total = total
-        self.done = done
+    def __init__(self, total_steps: int, *, show: bool) -> None:
+        self.total_steps = total_steps
         self._show = show
-        self._bar = Bar("", "step", total=total, show=show)
-        self.begin(done)
+        self._bar = Bar("", "step", total=total_steps, show=show)
 
-    def begin(self, done: int) -> None:
-        """The step after ``done`` comes next, and the time left is measured from here."""
-        self.done = done
-        self._bar.restart(done)
-        self._first = done
+    def begin(self, step: int) -> None:
+        """The step after ``step`` comes next, and the time left is measured from here."""
+        self._bar.restart(step)
+        self._first = step
         self._begin = time.monotonic()
 
-    def update(self) -> None:
-        self.done += 1
-        self._bar.update(self.done)
+    def update(self, step: int) -> None:
+        self._bar.update(step)
 
-    def show(self, values: str) -> None:
+    def show(self, step: int, values: str) -> None:
         """Logs one line, which stays above the bars."""
         if not self._show:
             return
-        seconds_each = (time.monotonic() - self._begin) / max(1, self.done - self._first)
-        left = tqdm.format_interval(seconds_each * (self.total - self.done))
-        log.info("step %d/%d: %s, %s left", self.done, self.total, values, left)
+        seconds_each = (time.monotonic() - self._begin) / max(1, step - self._first)
+        left = tqdm.format_interval(seconds_each * (self.total_steps - step))
+        log.info("step %d/%d: %s, %s left", step, self.total_steps, values, left)
 
     @property
     def is_watched(self) -> bool:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any, Protocol
 
 from relora_mora.config.secrets import redact
 from relora_mora.data.errors import SKIP_REASONS
-from relora_mora.distributed.collectives import gather_from_ranks, sum_over_hosts
+from relora_mora.distributed.collectives import gather_from_ranks
 from relora_mora.engine.merging import MergeRecord
 from relora_mora.evaluation.generation import Generated
 from relora_mora.evaluation.loss import EvalResult
-from relora_mora.system.files import append_whole, write_synced
+from relora_mora.system.files import append_line, sync, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
@@ -59,7 +58,6 @@ class Metrics:
         self.path = RunFolder(folder).metrics
         self._writes = writes
         self._loggers = loggers
-        self._file: int | None = None
         self._failing: set[str] = set()
 
     def open(self, step: int, *, rollback: bool = False) -> None:
@@ -70,25 +68,24 @@ class Metrics:
         """
         if not self._writes:
             return
-        self._close_file()
-        self._last = step, rollback
-        self._try(self.path.name, self._open_file)
+        self._to_drop: tuple[int, bool] | None = step, rollback
+        self._try(self.path.name, self._drop)
         for logger in self._loggers:
             self._try(logger.title, functools.partial(logger.open, step))
 
-    def _open_file(self) -> int:
-        if self._file is None:  # at the start, or the disk was full then
-            self._drop_after(*self._last)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        return self._file
+    def _append(self, line: str) -> None:
+        self._drop()
+        append_line(self.path, line)
 
-    def _drop_after(self, step: int, rollback: bool) -> None:
-        if not self.path.exists():
+    def _drop(self) -> None:
+        """Drops what :meth:`open` says; before the next line if the disk was full then."""
+        if self._to_drop is None:
             return
-        before = self.path.read_text(encoding="utf-8", errors="replace")
+        step, rollback = self._to_drop
+        before = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else None
         kept = []
-        ended = step == 0
-        for line in before.splitlines():
+        ended = False
+        for line in (before or "").splitlines():
             try:
                 values = json.loads(line)
                 if values["step"] > step or ended:
@@ -100,6 +97,7 @@ class Metrics:
         text = "".join(kept)
         if text != before:  # a finished run writes nothing, since the disk may be full
             write_synced(self.path, text)
+        self._to_drop = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one event to the file and to each logger."""
@@ -109,8 +107,8 @@ class Metrics:
             tag: None if isinstance(value, float) and not math.isfinite(value) else value
             for tag, value in values.items()
         }
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
-        self._try(self.path.name, lambda: append_whole(self._open_file(), line.encode()))
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False)
+        self._try(self.path.name, functools.partial(self._append, line))
         for logger in self._loggers:
             self._try(logger.title, functools.partial(logger.write, step, values))
 
@@ -128,24 +126,14 @@ class Metrics:
 
     def sync(self) -> None:
         """Makes the lines so far survive a power cut, as checkpoints do, which record what has been evaluated."""
-        handle = self._file
-        if handle is not None:
-            self._try(self.path.name, lambda: os.fsync(handle))
+        if self._writes and self.path.exists():
+            self._try(self.path.name, functools.partial(sync, self.path))
 
     def close(self) -> None:
         self.sync()
-        self._close_file()
         for logger in self._loggers:
             with contextlib.suppress(Exception):
                 logger.close()
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-
-_COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in SKIP_REASONS))
 
 
 def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_length: int) -> dict[str, int]:
@@ -153,24 +141,23 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
 
     ``retries`` counts since the start of this process, everything else since step 0.
     """
-    counted = [*_COUNTED, *(f"blocks/{source}" for source in sources)]
-    sums = sum_over_hosts([float(counts.get(name, 0)) for name in counted])
-    totals = dict(zip(counted, map(int, sums), strict=True))
-    names = ["epoch", *(f"epoch/{source}" for source in sources)]
-    epochs_of_ranks = gather_from_ranks([int(counts[name]) for name in names])
-    epoch, *epochs = map(min, zip(*epochs_of_ranks, strict=True))  # of the slowest lane
+    of_ranks = gather_from_ranks(dict(counts))
+
+    def total(name: str) -> int:
+        return sum(int(each.get(name, 0)) for each in of_ranks)
+
+    def slowest(name: str) -> int:
+        return min(int(each[name]) for each in of_ranks)
+
+    skipped = {f"perf/data_skipped/{reason}": total(f"skipped/{reason}") for reason in SKIP_REASONS}
     return {
-        "train/epoch": epoch,
-        "train/documents": totals["documents"],
-        **{f"train/epoch/{source}": passes for source, passes in zip(sources, epochs, strict=True)},
-        **{f"train/tokens/{source}": totals[f"blocks/{source}"] * sequence_length for source in sources},
-        "perf/data_bad_lines": totals["bad"],
-        "perf/data_retries": totals["retries"],
-        **{
-            f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
-            for reason in SKIP_REASONS
-            if totals[f"skipped/{reason}"]
-        },
+        "train/epoch": slowest("epoch"),
+        "train/documents": total("documents"),
+        **{f"train/epoch/{source}": slowest(f"epoch/{source}") for source in sources},
+        **{f"train/tokens/{source}": total(f"blocks/{source}") * sequence_length for source in sources},
+        "perf/data_bad_lines": total("bad"),
+        "perf/data_retries": total("retries"),
+        **{tag: rows for tag, rows in skipped.items() if rows},
     }
 
 

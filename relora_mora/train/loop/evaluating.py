@@ -41,22 +41,16 @@ class Evaluating:
         of_tasks = limits.every_steps if limits.tasks_every_steps is None else limits.tasks_every_steps
         self.intervals = [limits.every_steps, of_tasks] if self.tasks else [limits.every_steps]
 
-    def is_missing(self, state: RunState) -> bool:
-        """Whether the current step still needs an evaluation."""
-        return any(self._is_due(every, state.step) for every in self.intervals) and state.evaluated != state.step
+    def __call__(self, state: RunState) -> None:
+        """Evaluates if it is due and this step has no evaluation yet. A collective.
+
+        Raises :class:`Stopping` if the ranks stop during an evaluation.
+        """
+        if state.evaluated != state.step and any(self._is_due(every, state.step) for every in self.intervals):
+            self.evaluate(state)
 
     def _is_due(self, every_steps: int, step: int) -> bool:
         return step in (0, self.config.train.steps) or is_due(every_steps, step)
-
-    def is_due_at_start(self, state: RunState) -> bool:
-        """Whether to evaluate before the first step of this start. A resumed run does so if its step has no evaluation:
-        a signal interrupted it, or the run begins with another run's checkpoint."""
-        return self.config.eval.at_start if state.step == 0 else self.is_missing(state)
-
-    def __call__(self, state: RunState) -> None:
-        """Raises :class:`Stopping` if the ranks stop during an evaluation. A collective."""
-        if self.is_missing(state):
-            self.evaluate(state)
 
     def read(self) -> None:
         """Reads the held-out text; a collective that no signal interrupts.

@@ -19,10 +19,9 @@ from relora_mora.system.hardware import peak_flops, peak_memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log import report
+from relora_mora.train.log.loggers import make_loggers
 from relora_mora.train.log.progress import Progress
 from relora_mora.train.state.run_state import Interval, RunState, TrainingError
-
-EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,29 @@ class Parts:
     @property
     def config(self) -> Config:
         return self.run.config
+
+
+def open_parts(run: Run, guard: Guard, mirror: Mirror | None) -> Parts:
+    """The parts of a run that is built; ``mirror`` only on the first rank. A collective."""
+    config, folder = run.config, run.inputs.folder
+    is_first = run.engine.rank == 0
+    metrics = report.Metrics(folder.path, make_loggers(folder.path, config.log), writes=is_first)
+    writer = CheckpointWriter(
+        folder.checkpoints,
+        run.engine,
+        run.base,
+        tokenizer=folder.tokenizer,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        sync_beside=metrics.sync,
+    )
+    if mirror is not None:
+        mirror.start()
+    progress = Progress(config.train.steps, show=is_first and config.log.progress)
+    return Parts(run, guard, metrics, progress, writer, mirror)
+
+
+EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
 
 
 def is_due(every_steps: int, step: int) -> bool:
@@ -82,7 +104,7 @@ class Reporting:
         early = self.early_lines > 0
         if early:
             self.early_lines -= 1
-            self._show(self._over_ranks(state.interval.last_loss), self._speed(state.interval))
+            self._show(state.step, self._over_ranks(state.interval.last_loss), self._speed(state.interval))
         if not is_due(self.config.log.every_steps, state.step) and state.step != self.config.train.steps:
             return
         interval = state.interval
@@ -108,7 +130,7 @@ class Reporting:
             },
         )
         if not early:
-            self._show(loss, speed)
+            self._show(state.step, loss, speed)
 
     # what takes seconds to measure is measured for the first line, and not before the first step
 
@@ -129,12 +151,12 @@ class Reporting:
         [total] = sum_over_hosts([loss])
         return total / self.run.engine.world_size
 
-    def _show(self, loss: float, speed: Mapping[str, float]) -> None:
+    def _show(self, step: int, loss: float, speed: Mapping[str, float]) -> None:
         if math.isnan(loss):  # a step that was skipped, or has no token to score
             return
         perplexity = math.exp(min(loss, 700.0))
         tokens_per_second = f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
-        self.progress.show(f"loss {loss:.3f}, perplexity {perplexity:.1f}, {tokens_per_second}")
+        self.progress.show(step, f"loss {loss:.3f}, perplexity {perplexity:.1f}, {tokens_per_second}")
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds

@@ -8,16 +8,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from relora_mora.checkpoint.mirror import Mirror
-from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
+from relora_mora.distributed.collectives import gather_from_ranks
 from relora_mora.optim.groups import group_rates, matrix_rules
 from relora_mora.supervise.exits import FINISHED, REQUEUE
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
@@ -25,27 +23,24 @@ from relora_mora.system.hardware import to_device
 from relora_mora.system.logs import counted, log
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
-from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress
-from relora_mora.train.log.report import Metrics
 from relora_mora.train.loop.evaluating import Evaluating
-from relora_mora.train.loop.events import Parts, Reporting, merge, save, save_final, save_if_due
+from relora_mora.train.loop.events import Parts, Reporting, merge, open_parts, save, save_final, save_if_due
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StepResult, Stopping, judge
 from relora_mora.train.state.resume import roll_back
-from relora_mora.train.state.run_state import DataError, RunState, TrainingError
+from relora_mora.train.state.run_state import RunState, TrainingError
 
 
 class Trainer:
     """Trains a run from ``state`` to its end."""
 
     def __init__(self, run: Run, state: RunState, guard: Guard, mirror: Mirror | None = None) -> None:
-        config = run.config
+        config = self.config = run.config
         self.run = run
-        self.config = config
         self.engine = run.engine
         self.rank = run.engine.rank
         self.state = state
         self.guard = guard
+        self.parts = open_parts(run, guard, mirror)
         self.data = TrainStream(
             config.data,
             run.inputs.shards,
@@ -58,24 +53,8 @@ class Trainer:
             step=state.step,
         )
         self.loader = BatchLoader(self.data, config.data, guard)
-        folder = run.inputs.folder
-        is_first = self.rank == 0
-        self.metrics = Metrics(folder.path, make_loggers(folder.path, config.log), writes=is_first)
-        self.progress = Progress(total=config.train.steps, done=state.step, show=is_first and config.log.progress)
-        self.writer = CheckpointWriter(
-            folder.checkpoints,
-            run.engine,
-            run.base,
-            tokenizer=folder.tokenizer,
-            keep_last=config.checkpoint.keep_last,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-            sync_beside=self.metrics.sync,
-        )
-        if mirror is not None:
-            mirror.start()
         is_slow = any(rule.is_slow for rule in matrix_rules(config.optim).values())
         self.update_seconds = LONG_SECONDS if is_slow else None
-        self.parts = Parts(run, guard, self.metrics, self.progress, self.writer, mirror)
         self.evaluating = Evaluating(self.parts)
         # in this order after every step: a checkpoint has everything that was done at its step
         self.events: list[Callable[[RunState], None]] = [
@@ -89,39 +68,44 @@ class Trainer:
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         try:
-            with self.progress.bar("reading the validation data"):
+            with self.parts.progress.bar("reading the validation data"):
                 self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
             self.guard.training()
+            share = self.next_batch()  # text that is unusable fails before an evaluation
             self._before_first_step()
-            while self.state.step < self.config.train.steps:
-                result = self.train_step(self.next_batch())
+            while share is not None:
+                result = self.train_step(share)
                 reason = judge(self.parts, self.state, result)
                 if reason is not None:
                     self.roll_back(reason)
-                    continue
-                for event in self.events:
-                    event(self.state)
+                else:
+                    for event in self.events:
+                        event(self.state)
+                share = self.next_batch()
         except Stopping:
             return end(self.parts, self.state, REQUEUE)
-        except DataFailed as error:
-            fail_for_data(self.parts, self.state, error)
+        except DataFailed as failed:
+            with contextlib.suppress(TrainingError):  # data and checkpoints may be on the same lost disk
+                save_final(self.parts, self.state)
+            raise failed.cause from failed
         return end(self.parts, self.state, FINISHED)
 
     def _before_first_step(self) -> None:
         state = self.state
-        if self.evaluating.is_due_at_start(state):
-            if state.step < self.config.train.steps:
-                self.loader.load(state.step + 1)  # text that is unusable fails before an evaluation
-            self.evaluating.evaluate(state)
+        if state.step or self.config.eval.at_start:
+            self.evaluating(state)  # a resumed run does what a signal has interrupted
         self._name_best()
         if state.step and state.saved is None:
             save(self.parts, state)  # a run that began with another run's checkpoint gets its own
-        self.progress.begin(state.step)
+        state.interval.data_seconds = 0.0  # no step has waited for the start of the workers
+        self.parts.progress.begin(state.step)
 
-    def next_batch(self) -> LocalBatch:
-        """This rank's share of the next global batch, once every rank has its own."""
+    def next_batch(self) -> LocalBatch | None:
+        """This rank's share of the next global batch, once every rank has its own; None after the last step."""
+        if self.state.step >= self.config.train.steps:
+            return None
         begin = time.perf_counter()
-        with self.progress.bar("waiting for a batch"):
+        with self.parts.progress.bar("waiting for a batch"):
             share = self.loader.next_batch(self.state.step + 1)
         self.state.interval.data_seconds += time.perf_counter() - begin
         return share
@@ -165,26 +149,25 @@ class Trainer:
             interval.good_steps += 1
             interval.grad_norm = done.grad_norm
         interval.step_seconds += time.perf_counter() - begin
-        self.progress.update()
+        self.parts.progress.update(step)
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
     def roll_back(self, reason: str) -> None:
         """Goes back to the newest good checkpoint from before this step. The data continues where it is."""
         before = self.state
         self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
-        state = roll_back(self.run, before, self.writer, reason)
+        state = roll_back(self.run, before, self.parts.writer, reason)
         if self.config.data.is_mixture:  # batches that were read ahead were drawn for other steps
             self.data.go_back(state.step, state.data)
         self.state = state
         self._continue(rollback=True)
         self._name_best()
-        self.progress.begin(state.step)
         values = {
             "train/rollbacks": state.rollbacks,
             "train/rolled_back_from": before.step,
             "train/skipped_data": before.bad_data,  # the lines that named it belong to dropped steps
         }
-        self.metrics.write(state.step, values)
+        self.parts.metrics.write(state.step, values)
 
     def _continue(self, *, rollback: bool) -> None:
         """The next step is the one after ``state``, at a start or after a rollback."""
@@ -192,22 +175,24 @@ class Trainer:
         state.data = self.data.own_part(state.data)
         self.guard.step = state.step
         continues = state.saved is not None  # the checkpoint that it was loaded from, if any, is in this run's folder
-        self.metrics.open(state.step if continues else 0, rollback=rollback)
+        self.parts.metrics.open(state.step if continues else 0, rollback=rollback)
+        self.parts.progress.begin(state.step)
         merge(self.parts, state)  # if a shorter run ended here
 
     def _name_best(self) -> None:
         """Before the first step, and after a rollback: what the files say may belong to another history."""
         if self.rank == 0:
-            self.writer.name_best(None if self.state.best is None else self.state.best.step)
+            self.parts.writer.name_best(None if self.state.best is None else self.state.best.step)
 
     def close(self) -> None:
+        parts = self.parts
         with contextlib.suppress(Exception):
-            self.progress.close()
+            parts.progress.close()
         self.data.close()
-        self.writer.wait()
-        if self.parts.mirror is not None:
-            self.parts.mirror.close(wait=False)
-        self.metrics.close()
+        parts.writer.wait()
+        if parts.mirror is not None:
+            parts.mirror.close(wait=False)
+        parts.metrics.close()
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -239,18 +224,3 @@ def end(parts: Parts, state: RunState, code: int) -> int:
     parts.metrics.sync()
     parts.guard.decide(code, reason)
     return code
-
-
-def fail_for_data(parts: Parts, state: RunState, error: DataFailed) -> NoReturn:
-    """The data of some rank has failed. All ranks raise the same error."""
-    saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
-    try:
-        save_final(parts, state)
-    except TrainingError as failed:  # data and checkpoints may be on the same lost disk
-        saved = f"\n{failed}"
-    lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
-    if lost_disk is not None:
-        raise same_on_all_ranks(lost_disk)
-    text = "\n".join(dict.fromkeys(map(str, error.failures)))
-    by_user = all(isinstance(failure, ValueError) for failure in error.failures)
-    raise (DataError if by_user else TrainingError)(text + saved) from error

@@ -4,16 +4,17 @@ A batch is returned once every rank has its share of it. Skipped steps may force
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.distributed.collectives import gather_from_ranks, sum_over_hosts
+from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks, sum_over_hosts
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.train.loop.events import Parts
-from relora_mora.train.state.run_state import RunState
+from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 
 WORKER_SECONDS = 60.0  # how long a data worker may be silent, in addition to data.timeout_seconds
 POLL_SECONDS = 1.0  # how often a rank that waits for data asks whether the others want to stop
@@ -24,11 +25,17 @@ class Stopping(Exception):
 
 
 class DataFailed(Exception):
-    """The data of some rank has failed. ``failures`` has the error of each such rank; it is the same on all ranks."""
+    """The data of some rank has failed. All ranks raise ``cause`` once they have saved."""
 
-    def __init__(self, failures: list[Exception]) -> None:
-        super().__init__(*failures)
-        self.failures = failures
+    def __init__(self, failures: Sequence[Exception]) -> None:
+        """``failures`` has the error of each such rank."""
+        text = "\n".join(dict.fromkeys(map(str, failures)))
+        super().__init__(text)
+        by_user = all(isinstance(failure, ValueError) for failure in failures)
+        lost_disk = next((failure for failure in failures if isinstance(failure, OSError)), None)
+        self.cause: Exception = (DataError if by_user else TrainingError)(text)
+        if lost_disk is not None:
+            self.cause = same_on_all_ranks(lost_disk)
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,7 @@ class BatchLoader:
         self.guard = guard
         self.patience = config.timeout_seconds + WORKER_SECONDS
         self.within = self.patience if config.workers else config.timeout_seconds + LONG_SECONDS
-        self._loaded: LocalBatch | None = None
         self._noted: set[str] = set()
-
-    def load(self, step: int) -> None:
-        """Loads the batch for ``step`` now. :meth:`next_batch` describes the exceptions."""
-        self._loaded = self.next_batch(step)
 
     def next_batch(self, step: int) -> LocalBatch:
         """The batch for ``step``, once every rank has its share.
@@ -58,9 +60,6 @@ class BatchLoader:
         A collective. On all ranks, it raises :class:`Stopping` if some rank was asked to stop, and :class:`DataFailed`
         if one cannot read its data, or if its worker was killed or hangs.
         """
-        if self._loaded is not None:
-            loaded, self._loaded = self._loaded, None
-            return loaded
         batch: Batch | None = None
         failure: Exception | None = None
         scored = 0

@@ -32,7 +32,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.identity import changes_since
 from relora_mora.train.begin.inputs import Inputs
-from relora_mora.train.begin.run_folder import abandon_records, start_records
+from relora_mora.train.begin.run_folder import abandon_records
 from relora_mora.train.state.run_state import RunState, TrainingError
 from relora_mora.weights.digests import other_weights
 
@@ -74,11 +74,13 @@ def where_to_resume(config: Config) -> Path | None:
     return named
 
 
-def checkpoint_at(where: Path, inputs: Inputs, rank: int) -> Path:
-    """The newest checkpoint of a run, or the one at a path; a collective.
+def checkpoint_at(where: Path | None, inputs: Inputs, rank: int) -> Path | None:
+    """The newest checkpoint of a run, or the one at a path; None for none. A collective.
 
     Raises :class:`CheckpointError` if no checkpoint is complete, or if a setting differs that must not change.
     """
+    if where is None:
+        return None
     if where != inputs.folder.checkpoints:
         chosen: Path | None = from_first_rank(lambda: find_checkpoint(where))
     else:
@@ -138,7 +140,7 @@ def _contradictions(manifest: Manifest, config: Config) -> Iterator[str]:
 
 def begin(run: Run) -> RunState:
     """The state of a run at step 0. Its parts are built with their initial values; a collective."""
-    from_first_rank(lambda: start_records(run.inputs.folder))
+    from_first_rank(lambda: abandon_records(run.inputs.folder))
     return RunState(initial_seed=run.config.train.seed)
 
 

@@ -1,7 +1,7 @@
 """The state of a run besides its tensors, its form in a checkpoint, and the errors that end a run."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
@@ -50,6 +50,10 @@ class Best:
     digest: str | None
 
 
+# fields of a RunState that a checkpoint keeps as they are
+_COUNTERS = ("initial_seed", "tokens", "skipped_steps", "rollbacks", "bad_steps", "bad_data")
+
+
 @dataclass
 class RunState:
     """The progress of a run: everything that a resumed run needs to continue as if it had never stopped.
@@ -75,13 +79,8 @@ class RunState:
     def dump(self, world_size: int) -> dict[str, Any]:
         """The ``counters`` of a checkpoint's manifest; a collective."""
         return {
-            "initial_seed": self.initial_seed,
-            "tokens": self.tokens,
-            "skipped_steps": self.skipped_steps,
-            "bad_steps": self.bad_steps,
-            "bad_data": self.bad_data,
+            **{name: getattr(self, name) for name in _COUNTERS},
             "interval": self.interval.dump(world_size),
-            "rollbacks": self.rollbacks,
             "evaluated": self.evaluated == self.step,
             "best": None if self.best is None else asdict(self.best),
         }
@@ -90,21 +89,15 @@ class RunState:
     def load(manifest: Manifest, *, own: bool) -> "RunState":
         """The state in a checkpoint. ``own``: it is in this run's folder, so its step counts as saved."""
         counters = manifest.counters
-        step = manifest.step
-        best = counters.get("best")  # release 0.2 had none
-        return RunState(
-            initial_seed=counters["initial_seed"],
-            step=step,
-            tokens=counters["tokens"],
-            skipped_steps=counters["skipped_steps"],
-            rollbacks=counters["rollbacks"] if own else 0,
-            # those of another run, and the checkpoints to go back to, are in another folder
-            bad_steps=counters["bad_steps"] if own else 0,
-            bad_data=counters["bad_data"] if own else [],
+        state = RunState(
+            **{name: counters[name] for name in _COUNTERS},
+            step=manifest.step,
             interval=Interval(**counters["interval"]),
             data=manifest.data_state,
-            saved=step if own else None,
             loaded=manifest,
-            evaluated=step if own and counters["evaluated"] else None,
-            best=Best(**best) if own and best else None,
         )
+        if not own:  # its evaluations, and the checkpoints to go back to, are in another folder
+            return replace(state, rollbacks=0, bad_steps=0, bad_data=[])
+        evaluated = state.step if counters["evaluated"] else None
+        best = counters.get("best")  # release 0.2 had none
+        return replace(state, saved=state.step, evaluated=evaluated, best=best and Best(**best))

@@ -2,7 +2,6 @@
 stays."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +30,9 @@ def run_folder(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def refuses(inputs, tmp_path) -> Callable[..., None]:
-    """Asserts that both commands refuse a path with the same parts in their message, and that export writes nothing."""
-
-    def check(path: Path, *parts: str) -> None:
-        refused(call(EVALUATE, path, f"--data={inputs}/validation/*.json.gz"), *parts)
-        outputs = tmp_path / "outputs"
-        outputs.mkdir()
-        refused(call(EXPORT, path, outputs / "out"), *parts)
-        assert left_in(outputs) == []
-        outputs.rmdir()
-
-    return check
-
-
-def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_a_path_that_is_not_a_checkpoint(inputs, tmp_path):
+    for folder in ("empty", "outputs"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "file").write_bytes(RUBBISH)
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
@@ -61,7 +46,10 @@ def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
         "run": "all checkpoints in it are damaged: ",
         "x" * 300: "File name too long; give a shorter name",
     }.items():
-        refuses(tmp_path / name, str(tmp_path / name), message)
+        path = tmp_path / name
+        refused(call(EVALUATE, path, f"--data={inputs}/validation/*.json.gz"), str(path), message)
+        refused(call(EXPORT, path, tmp_path / "outputs" / "out"), str(path), message)
+        assert left_in(tmp_path / "outputs") == []
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A run folder that cannot be written: at the start it is the user's mistake, later it ends no run before its last
 checkpoint."""
 
+import math
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.begin.settings import check_run_folder
 from tests.tools.commands import PRETRAIN, call, disk
 from tests.tools.jobs import Job, ends, write_config
-from tests.tools.runs import logged_steps, run_config
+from tests.tools.runs import logged_steps, metrics, run_config
 
 pytestmark = pytest.mark.distributed
 
@@ -86,6 +87,21 @@ def test_a_disk_that_is_full_for_a_while_loses_only_lines_and_checkpoints(inputs
         assert len(steps) < 250
         assert ends(run_dir)[-1]["code"] == 0
         assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000250\n"
+
+
+@pytest.mark.more
+def test_a_run_is_documented_in_its_folder(runs, tmp_path):
+    folder = tmp_path / "run"
+    runs.train(folder, 2, log={"tensorboard": True}, checkpoint={"every_steps": 0})
+    last = next(line for line in reversed(metrics(folder)) if "train/loss" in line)
+    assert last["train/tokens"] == 10 * 8 * 32
+    assert 0 < last["perf/mfu"] < 1
+    assert last["train/perplexity"] == pytest.approx(math.exp(last["train/loss"]))
+    for name in ("config.yaml", "model.json", "tokenizer/tokenizer.model", "checkpoints/latest", "tensorboard"):
+        assert (folder / name).exists(), name
+    [start] = read_json_lines(folder / "starts.jsonl")
+    assert (start["world_size"], start["step"]) == (2, 0)
+    assert "torch" in start["versions"]
 
 
 @pytest.mark.more

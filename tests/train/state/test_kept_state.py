@@ -1,16 +1,13 @@
 """Between a stop and a resume nothing is lost: place in the data, what was about to happen, what there is to go back
 to."""
 
-import json
 from typing import Any
 
 import pytest
 
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import find_checkpoint
-from relora_mora.system.run_folder import RunFolder, read_json_lines
-from relora_mora.train.begin.run_folder import start_records
-from tests.tools.each import each
+from relora_mora.system.run_folder import read_json_lines
 from tests.tools.runs import checkpoint_at, copy_cut_at, different_tensors, logged_steps, manifest_at, metrics, train
 from tests.train.state.faults import faulty, rollbacks
 
@@ -113,10 +110,10 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path):
 
 
 def train_without_text(config: Any) -> None:
-    from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.loop.step import BatchLoader
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "next_batch", lambda self: pytest.fail("no step is left that needs a batch"))
+        patch.setattr(BatchLoader, "next_batch", lambda *_: pytest.fail("no step is left that needs a batch"))
         train(config)
 
 
@@ -171,12 +168,3 @@ def test_a_run_that_begins_from_a_checkpoint_saves_one_immediately(runs, pools, 
     assert pools(1)(faulty, begin, {7: float("nan"), 8: float("nan")}, rank=0) == [""]  # and goes back to it
     assert rollbacks(folder) == [(5, 8)]
     assert logged_steps(folder, "eval/loss") == [5, 10]
-
-
-@each(("step", "is_moved"), [(0, False), (2, True)])
-def test_records_of_a_start_that_made_steps_are_moved_aside(tmp_path, step, is_moved):
-    starts = RunFolder(tmp_path).starts
-    starts.write_text(json.dumps({"step": step, "epochs": None}) + "\n")
-    start_records(RunFolder(tmp_path))
-    assert starts.exists() is not is_moved
-    assert (tmp_path / "abandoned-starts.jsonl").exists() is is_moved

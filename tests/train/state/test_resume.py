@@ -54,24 +54,6 @@ def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit
     assert different_tensors(*(checkpoint_at(folders[name], 10) for name in ("never", "without"))) != []
 
 
-@pytest.mark.more
-def test_base_files_are_shared_between_merges(runs, pools, tmp_path):
-    folder = tmp_path / "run"
-    config = runs.config(folder, 2, **_sections(2, False))
-    pools(2)(train, config, stop_after=6)
-    pools(2)(train, config)
-    for rank in range(2):
-        inode = {
-            s: (checkpoint_at(folder, s) / f"base-0000{rank}-of-00002.safetensors").stat().st_ino for s in range(1, 11)
-        }
-        assert len({inode[step] for step in (1, 2, 3)}) == 1
-        assert len({inode[step] for step in (4, 5, 6, 7)}) == 1  # the resume after 6 goes on sharing
-        assert len({inode[step] for step in (8, 9, 10)}) == 1
-        assert len(set(inode.values())) == 3
-    assert (folder / "checkpoints" / "latest").read_text().strip() == "step-00000010"
-    assert not list((folder / "checkpoints").glob("*.tmp"))
-
-
 def test_another_config_is_refused_with_all_differences(runs, pools, tmp_path):
     folder = tmp_path / "run"
     runs.train(folder, stop_after=2)

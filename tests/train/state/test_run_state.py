@@ -2,45 +2,22 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from relora_mora.train.state.run_state import Interval, RunState
+from relora_mora.train.state.run_state import Best, Interval, RunState
 
 
-@pytest.fixture(autouse=True)
-def two_ranks(monkeypatch):
-    """Both have lost as much in the interval."""
-    monkeypatch.setattr(
-        "relora_mora.train.state.run_state.sum_over_hosts", lambda values: [2 * value for value in values]
-    )
-
-
-def manifest(state: RunState) -> SimpleNamespace:
+def test_a_state_is_loaded_as_it_was_saved_and_without_what_belongs_to_another_folder(monkeypatch: pytest.MonkeyPatch):
+    both = "relora_mora.train.state.run_state.sum_over_hosts"
+    monkeypatch.setattr(both, lambda values: [2 * value for value in values])  # two ranks, which have lost as much
+    counted: dict[str, Any] = {"initial_seed": 5, "step": 7, "tokens": 700, "skipped_steps": 2}
+    counted |= {"interval": Interval(loss=2.5, good_steps=3, grad_norm=0.5), "data": {"0": {"row": 3}}}
+    best = Best("eval/loss", 1.5, 6, "abc")
+    own = {"rollbacks": 1, "bad_steps": 1, "bad_data": ["lane 1"], "saved": 7, "evaluated": 7, "best": best}
+    state = RunState(**counted, **own)
     counters = json.loads(json.dumps(state.dump(2)))
-    return SimpleNamespace(step=state.step, data_state=state.data, counters=counters)
-
-
-STATE = RunState(
-    initial_seed=5,
-    step=7,
-    tokens=700,
-    skipped_steps=2,
-    rollbacks=1,
-    bad_steps=1,
-    bad_data=["lane 1"],
-    interval=Interval(loss=2.5, good_steps=3, grad_norm=0.5),
-    data={"0": {"row": 3}},
-    saved=7,
-    evaluated=7,
-)
-
-
-def test_a_state_is_loaded_as_it_was_saved():
-    assert RunState.load(manifest(STATE), own=True) == STATE
-
-
-def test_saves_and_evaluations_of_another_run_do_not_count():
-    state = RunState.load(manifest(STATE), own=False)
-    assert (state.saved, state.evaluated, state.rollbacks, state.step) == (None, None, 0, 7)
-    assert (state.bad_steps, state.bad_data) == (0, [])
+    manifest: Any = SimpleNamespace(step=7, data_state=state.data, counters=counters)
+    assert RunState.load(manifest, own=True) == state
+    assert RunState.load(manifest, own=False) == RunState(**counted)
