@@ -21,6 +21,7 @@ from tests.tools.ports import free_port
 
 BIN = Path(sys.executable).parent
 PACED = ROOT / "tests" / "tools" / "changed_run.py"
+PATIENCE = 300.0  # seconds; on a busy machine, only the imports of a rank take 75
 _JOB = "JOB_OF_A_TEST"  # a variable that everything in a job inherits
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -67,7 +68,7 @@ class Started:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
+    def wait_until(self, true: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         """What ``true()`` is as soon as it is true, which must be before the end of the command."""
 
         def seen() -> Any:
@@ -81,7 +82,7 @@ class Started:
     def wait_for_step(self, run_dir: Path, step: int) -> None:
         self.wait_until(lambda: last_step(run_dir) >= step)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code, when it ends in time."""
         self.wait_until(lambda: self.process.poll() is not None, seconds)
         return self.process.returncode
