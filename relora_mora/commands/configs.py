@@ -8,6 +8,7 @@ from typing import Annotated
 
 from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 
+WIDTH = 59  # of a title: 80 columns without the name
 USES = {
     "run": "Runs, for relora-mora pretrain NAME or plan NAME",
     "task": "Tasks, for relora-mora finetune NAME or plan NAME",
@@ -46,6 +47,10 @@ def main(*words: Annotated[str, "[copy NAME PATH]"]) -> None:
 
 
 def _title(path: Path) -> str:
-    """The beginning of the comment at the top of a YAML file, in what is left of 80 columns."""
+    """The beginning of the comment at the top of a YAML file, as much of it as fits into 80 columns."""
     first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").partition(". ")[0]
-    return textwrap.shorten(re.sub(r" \(arXiv [^)]*\)", "", first), 59, placeholder=" ...")
+    first = re.sub(r" \(arXiv [^)]*\)", "", first)
+    clause = re.match(f".{{,{WIDTH}}}(?=[,:;] )", first)
+    if len(first) > WIDTH and clause is not None:
+        first = clause.group()
+    return textwrap.shorten(first, WIDTH, placeholder=" ...")

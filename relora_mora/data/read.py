@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from relora_mora.config.data import DataConfig, Packing, Split, TextSource
@@ -95,8 +96,10 @@ def rows_in_order(
         frame = Frame.of(ends_of(tokenizer, held), eos, held, config.sequence_length)
         rows = limit(read_rows(same_format, config, note=found.note))
         encode = list if same_format[0].tokens else encoder_of(tokenizer, held)
+        if packing != "stream":
+            encode = partial(frame.fit_all, encode)
         for call in encoded_in_calls(rows, encode, _ROWS_PER_CALL, CALL_CHARACTERS):
-            for row in call if packing == "stream" else map(frame.fit, call):
+            for row in call:
                 found.add(row)
                 if isinstance(row, Encoded):
                     yield row

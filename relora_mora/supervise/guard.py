@@ -13,7 +13,8 @@ from relora_mora.supervise import exits
 from relora_mora.supervise.exits import STOP_SIGNALS, PeerFailure
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.supervise.lock import RunLock
-from relora_mora.system.process import WakeupPipe, say
+from relora_mora.system.logs import log
+from relora_mora.system.process import WakeupPipe, run_with_timeout, say
 
 if TYPE_CHECKING:
     from relora_mora.supervise.watchdog import Watchdog  # needs torch
@@ -23,6 +24,7 @@ LONG_SECONDS = 1800.0  # for `begin`: allowed for building a model, a merge or t
 LAUNCHER_SECONDS = 8.0  # to save and exit after a launcher has ended
 # Ctrl-C on a terminal reaches the ranks directly and through the launcher: both count as one request
 SAME_REQUEST_SECONDS = 1.0
+ANSWER_SECONDS = 0.5  # for a line that answers a signal, since nobody may read the log
 POLL_SECONDS = 0.5
 
 
@@ -191,6 +193,8 @@ class Guard:
         self.stop_reason = reason
         if not self._training:
             self._leave(exits.REQUEUE, f"{reason} before the first step: nothing to save", announced=True)
+        answer = "%s: stops after this step; a second signal exits without saving"
+        run_with_timeout(ANSWER_SECONDS, lambda: log.info(answer, reason))
 
     def _leave(self, code: int, reason: str, *, announced: bool = False) -> NoReturn:
         """Says and records why this rank ends; if ``announced``, the other ranks end as well."""

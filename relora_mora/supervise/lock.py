@@ -17,6 +17,7 @@ from relora_mora.system.run_folder import RunFolder
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder that does not touch the file for so long is gone
 WAIT_SECONDS = 30.0  # for the holder to end: ranks whose launcher was killed need up to ten seconds
+DEAD_SECONDS = 1.0  # to see that a holder on this host has ended
 POLL_SECONDS = 0.2
 
 
@@ -55,16 +56,18 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         holder = self._lease.owner
         who = "unknown" if holder is None else f"host {holder.hostname}, pid {holder.pid}"
-        if self.path.exists():
-            log.info("%s: waiting up to %.0f s for the end of its trainer (%s)", self.path, wait_seconds, who)
-        try:
-            with disk_faults_named(self.path.parent):
-                self._lease.acquire(timeout=wait_seconds)
-        except Timeout as error:
-            raise LockError(
-                f"{self.path.parent}: another trainer works on this run ({who}); wait until it ends, stop it, or use "
-                "another train.run_dir"
-            ) from error
+        with disk_faults_named(self.path.parent):
+            try:
+                self._lease.acquire(timeout=min(wait_seconds, DEAD_SECONDS))
+            except Timeout:
+                log.info("%s: waiting up to %.0f s for the end of its trainer (%s)", self.path, wait_seconds, who)
+                try:
+                    self._lease.acquire(timeout=wait_seconds)
+                except Timeout as error:
+                    raise LockError(
+                        f"{self.path.parent}: another trainer works on this run ({who}); wait until it ends, stop it, "
+                        "or use another train.run_dir"
+                    ) from error
         return self.path.read_text(encoding="utf-8")
 
     def release(self) -> None:

@@ -10,7 +10,7 @@ import xxhash
 from relora_mora.config.data import DataConfig, Packing, Score
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.records import passages
-from relora_mora.data.rows import Encode, Encoded
+from relora_mora.data.rows import Encode, Encoded, Row
 from relora_mora.data.shard import Record, RecordFormat, Shard
 from relora_mora.tokenizer.load import encode as encode_texts
 
@@ -58,8 +58,8 @@ class Frame(NamedTuple):
         begin, end = ends or [[eos], [eos]]
         return Frame(begin, end, sequence_length + 1, drops=record_format.settings.too_long == "drop")
 
-    def fit(self, row: Encoded | Skipped) -> Encoded | Skipped:
-        """The whole row, cut if it is too long, or the reason why it is left out.
+    def fit(self, row: Encoded | Skipped, source: Any = None) -> Encoded | Skipped:
+        """The whole row, cut if it is too long, or the reason why it is left out; ``source`` is what was encoded.
 
         The end is scored if the token before it is, so the model learns to end an answer.
         """
@@ -75,8 +75,13 @@ class Frame(NamedTuple):
         if len(ids) <= most:
             return Encoded(ids, scored, utf8_bytes=row.utf8_bytes)
         if drops or (scored is not None and not scored[1:most].any()):
-            return Skipped("over_length", f"a row has {len(ids):,} tokens, and data.sequence_length is {most - 1:,}")
+            fault = f"has {len(ids):,} tokens, more than data.sequence_length ({most - 1:,})"
+            return Skipped("over_length", source.describe(fault) if isinstance(source, Record) else f"a text {fault}")
         return Encoded(ids[:most], None if scored is None else scored[:most], cut=True)
+
+    def fit_all(self, encode: Encode[Row], rows: list[Row]) -> list[Encoded | Skipped]:
+        """Encodes rows that are packed whole."""
+        return list(map(self.fit, encode(rows), rows))
 
 
 def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> Encode[Record]:

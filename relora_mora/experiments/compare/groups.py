@@ -151,7 +151,7 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
 
 
 def set_title(name: str) -> str:
-    return f"set {name}" if name else "a set without a name"
+    return f"set {name}" if name else "the held-out text"
 
 
 def count(value: float | None) -> str:

@@ -100,7 +100,7 @@ def duration(seconds: float) -> str:
     """Such as 5.1 min, 31 h, 3.2 days or 2.5 years."""
     for unit, size, least in (("years", 365 * 86400, 2), ("days", 86400, 2), ("h", 3600, 1), ("min", 60, 1)):
         if seconds >= least * size:
-            return f"{seconds / size:.2g} {unit}"
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.2g} s"
 
 

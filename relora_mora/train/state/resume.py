@@ -140,7 +140,10 @@ def _contradictions(manifest: Manifest, config: Config) -> Iterator[str]:
 
 def begin(run: Run) -> RunState:
     """The state of a run at step 0. Its parts are built with their initial values; a collective."""
-    from_first_rank(lambda: abandon_records(run.inputs.folder))
+    folder = run.inputs.folder
+    if run.config.train.resume == "auto" and folder.starts.exists():
+        shared_log.warning("%s: has no checkpoint to continue from, so the run begins at step 0", folder.path)
+    from_first_rank(lambda: abandon_records(folder))
     return RunState(initial_seed=run.config.train.seed)
 
 

@@ -110,7 +110,5 @@ def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: P
     ],
 )
 def test_runs_without_losses_in_common_are_refused(tmp_path: Path, other: dict[str, Any], said: str) -> None:
-    with pytest.raises(
-        CompareError, match=rf"no validation set in common .*run0: a set without a name; .*run1: {said}"
-    ):
+    with pytest.raises(CompareError, match=rf"no validation set in common .*run0: the held-out text; .*run1: {said}"):
         markdown(_groups(tmp_path, FULL, other))
