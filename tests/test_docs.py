@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+import relora_mora
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.commands import NAMES, main_of
 from relora_mora.config.explain import model_in
@@ -220,3 +221,8 @@ def test_the_config_of_a_launch_suits_its_number_of_ranks(document: str, command
     assert {1, 2, 4, 8} <= {ranks_of(other) for _, other in LAUNCHES}
     for path in ROOT.glob(re.sub(r"\$\w+", "*", config)):
         load_config(path, overrides, world_size=ranks_of(command))
+
+
+def test_the_api_page_has_every_name_of_the_library() -> None:
+    names = re.findall(r"^::: relora_mora\.(\w+)$", (ROOT / "docs/site/api.md").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted(relora_mora.__all__)
