@@ -1,7 +1,6 @@
 """Runs a command: arguments, exit code, Ctrl-C, and a message instead of a traceback for a user's mistake."""
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -32,7 +31,6 @@ class Interrupts:
     def __init__(self) -> None:
         self.received = False
         self._ended = threading.Event()
-        self._reported = threading.Lock()  # taken by the first thread that reports the interrupt
         self._pipe: WakeupPipe | None = None
 
     def __enter__(self) -> "Interrupts":
@@ -56,28 +54,13 @@ class Interrupts:
     def _on_signal(self, number: int) -> None:
         if number != signal.SIGINT or signal.getsignal(number) != self._handle or self._ended.wait(GRACE_SECONDS):
             return
-        run_with_timeout(GRACE_SECONDS, self.say)
+        run_with_timeout(GRACE_SECONDS, lambda: say("interrupted"))
         run_with_timeout(GRACE_SECONDS, remove_unfinished)
         os._exit(128 + number)
-
-    def say(self) -> None:
-        """Reports the interrupt once, even if the main thread and this object's thread call it at the same time."""
-        if self._reported.acquire(blocking=False):
-            say("interrupted")
 
 
 USER_ERROR = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
-_REMEDIES = {
-    errno.ENOSPC: "free some space, or choose a place on another disk",
-    errno.EROFS: "choose a place that can be written to",
-    errno.EACCES: "check its permissions, or choose another place",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a part of this path is not a folder; check the path",
-    errno.EISDIR: "a file was expected; check the path",
-    errno.ENAMETOOLONG: "give a shorter name",
-    errno.ENOTEMPTY: "give a new folder, or remove it",
-}
 
 
 def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
@@ -103,7 +86,7 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
         except (Exception, KeyboardInterrupt) as error:
             # libraries turn a KeyboardInterrupt into errors of their own
             if interrupts.received or isinstance(error, KeyboardInterrupt):
-                interrupts.say()
+                say("interrupted")
                 code = INTERRUPTED
             elif _is_user_error(error, command):
                 _show(error)
@@ -113,14 +96,6 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
             with contextlib.suppress(OSError):
                 _flush_output()
     raise SystemExit(code)
-
-
-def missing_package(error: ModuleNotFoundError) -> str:
-    """The message for a command that was started outside its environment."""
-    return (
-        f"{error} for {sys.executable}: activate the environment (source .venv/bin/activate), "
-        "or create it first (make env)"
-    )
 
 
 def _is_user_error(error: Exception, command: Command) -> bool:
@@ -157,13 +132,14 @@ def _show(error: Exception) -> None:
         return
     message = str(error)
     if isinstance(error, ModuleNotFoundError):
-        message = missing_package(error)
+        message = (
+            f"{error} for {sys.executable}: activate the environment (source .venv/bin/activate), "
+            "or create it first (make env)"
+        )
     else:
         from relora_mora.config.secrets import redact
 
-        if isinstance(error, OSError) and error.errno is not None and error.strerror:
-            parts = (place_of(error), error.strerror)
-            remedy = _REMEDIES.get(error.errno)
-            message = ": ".join(filter(None, parts)) + (f"; {remedy}" if remedy else "")
+        if isinstance(error, OSError) and error.strerror:
+            message = ": ".join(filter(None, (place_of(error), error.strerror)))
         message = redact(message)
     say(message if rank == "0" else f"[rank {rank}] {message}")

@@ -32,11 +32,18 @@ def main(
     Example:
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
+
+    def draw() -> dict[str, bytes]:
+        from relora_mora.experiments.compare.figures import loss_figure, perplexity_figure, png
+
+        figures = {"loss_by_tokens.png": loss_figure(groups), "perplexity.png": perplexity_figure(groups, reference)}
+        return {name: png(figure) for name, figure in figures.items()}
+
     with many_imports():
         from relora_mora.config.load import ConfigError
         from relora_mora.experiments.compare.groups import group_of, group_runs
-        from relora_mora.experiments.compare.runs import CompareError, read_run, read_runs
-        from relora_mora.experiments.compare.table import markdown, write_comparison
+        from relora_mora.experiments.compare.runs import TABLE, CompareError, read_run, read_runs
+        from relora_mora.experiments.compare.table import markdown, write_files
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
@@ -62,4 +69,4 @@ def main(
     table = markdown(groups, reference)
     print(table, end="", flush=True)
     if out is not None:
-        write_comparison(Path(out), table, groups, reference)
+        write_files(Path(out), TABLE, table, draw)

@@ -28,7 +28,7 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     """
     with many_imports():
         from relora_mora.experiments.compare.runs import TABLE, CompareError
-        from relora_mora.experiments.study.conduct import CellsFailed, Stopped, conduct
+        from relora_mora.experiments.study.conduct import CellsFailed, Stopped, check_inputs, conduct
         from relora_mora.experiments.study.design import read_study
         from relora_mora.experiments.study.folder import StudyFolder
         from relora_mora.supervise.exits import REQUEUE
@@ -37,9 +37,6 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = ["-m", "relora_mora", plan.command]
     try:
-        with many_imports():
-            from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
-
         with Bar("checking the inputs of all runs"):
             check_inputs(plan, folder)
         cells = conduct(plan, folder, program, jobs)

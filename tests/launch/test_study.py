@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from relora_mora.config.load import ConfigError
-from relora_mora.experiments.study.check import check_inputs
-from relora_mora.experiments.study.conduct import CellsFailed, conduct
+from relora_mora.experiments.study.conduct import CellsFailed, check_inputs, conduct
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder
 from tests.experiments.study.tools import BASE, PROGRAM, made_study
@@ -59,7 +58,7 @@ def test_the_table_has_the_other_runs_if_one_failed(tmp_path: Path, monkeypatch:
         folder.records.write_bytes(gzip.decompress(records.read_bytes()))
         raise CellsFailed("name=lora,seed=0 did not finish")
 
-    monkeypatch.setattr("relora_mora.experiments.study.check.check_inputs", lambda *_: None)
+    monkeypatch.setattr("relora_mora.experiments.study.conduct.check_inputs", lambda *_: None)
     monkeypatch.setattr("relora_mora.experiments.study.conduct.conduct", failing)
     result = call(STUDY, ROOT / "configs/study/muon_tiny.yaml", f"--out={tmp_path / 'out'}")
     refused(result, "name=lora,seed=0 did not finish")

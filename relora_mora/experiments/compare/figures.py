@@ -35,8 +35,6 @@ WIDTH = 7.0  # inches, the text width of a page
 LETTERS = 100  # in a line of this width
 LABEL_LETTERS = 40  # in a line next to a panel
 LINE = 0.15  # inches
-SHOWN = 0.9  # of the losses after the first evaluation are in a panel, and the last one of every run
-MARGIN = 0.05  # above and below them, as a part of their range
 
 
 def styles() -> Iterator[dict[str, Any]]:
@@ -52,31 +50,19 @@ def png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def figures_of(groups: Sequence[Group], against: Group) -> dict[str, bytes]:
-    """The figures of a comparison by the names of their files."""
-    return {
-        "loss_by_tokens.png": png(loss_figure(groups)),
-        "perplexity.png": png(perplexity_figure(groups, against)),
-    }
-
-
 @matplotlib.rc_context(PAPER)
 def loss_figure(groups: Sequence[Group]) -> Figure:
     """Validation loss against tokens in a panel for each held-out set: means, and a band from lowest to highest.
 
-    The first evaluation is left out, and the highest of the others may be above the panel: they would press the curves
-    together.
+    The first evaluation is left out, because it would press the curves together.
     """
     sets = common_sets(groups)
     figure = _with_legend(2.6 * len(sets), groups)
     panels: Any = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for panel, name in zip(panels, sets, strict=True):
-        of_groups = [losses.iloc[min(1, len(losses) - 1) :] for losses in (group.losses(name) for group in groups)]
-        values = np.concatenate([losses.to_numpy().ravel() for losses in of_groups])
-        low, high = values.min(), max(np.quantile(values, SHOWN), *(losses.iloc[-1].max() for losses in of_groups))
-        if low < high:
-            panel.set_ylim(low - MARGIN * (high - low), high + MARGIN * (high - low))
-        for group, losses, style in zip(groups, of_groups, styles(), strict=False):
+        for group, style in zip(groups, styles(), strict=False):
+            losses = group.losses(name)
+            losses = losses.iloc[min(1, len(losses) - 1) :]
             tokens = group.runs[0].tokens(losses.index)
             panel.plot(tokens, losses.mean(axis=1), markevery=-(-len(tokens) // 12), **style)
             panel.fill_between(tokens, losses.min(axis=1), losses.max(axis=1), color=style["color"], alpha=0.2)

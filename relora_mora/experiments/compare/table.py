@@ -2,14 +2,13 @@
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 import pandas as pd
 
 from relora_mora.experiments.compare.groups import UNKNOWN, Group, common_sets, count, set_title
-from relora_mora.experiments.compare.runs import TABLE
 from relora_mora.experiments.compare.settings import as_text
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import disk_faults_named, write_synced
@@ -103,28 +102,18 @@ def _spread(values: Sequence[float], spec: str) -> str:
     return shown if low == high else f"{shown} ({low}–{high})"
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed; otherwise says how to get it."""
+def write_files(folder: Path, name: str, table: str, draw: Callable[[], Mapping[str, bytes]]) -> None:
+    """Writes a table and, if matplotlib is installed, the figures that ``draw`` returns by the names of their files.
+
+    Each existing file is replaced atomically.
+    """
+    files: dict[str, str | bytes] = {name: table}
     if importlib.util.find_spec("matplotlib") is not None:
-        return True
-    sys.stderr.write("only the table is written: figures need matplotlib; pip install 'relora_mora[plot]'\n")
-    return False
-
-
-def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group) -> None:
-    """Writes a table and, if matplotlib is installed, the figures of its groups."""
-    files: dict[str, str | bytes] = {TABLE: table}
-    if can_draw():
-        from relora_mora.experiments.compare.figures import figures_of
-
         with Bar("drawing figures"):
-            files |= figures_of(groups, against)
-    write_files(folder, files)
-
-
-def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Writes files by name; replaces each existing file atomically."""
+            files |= draw()
+    else:
+        sys.stderr.write("only the table is written: figures need matplotlib; pip install 'relora_mora[plot]'\n")
     with disk_faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_synced(folder / name, content)
+    for each, content in files.items():
+        write_synced(folder / each, content)

@@ -6,9 +6,10 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from relora_mora.experiments.study.design import Cell, Study, count, first_round, second_round
-from relora_mora.experiments.study.folder import StudyFolder, cell_configs, final_metric, write_records
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs, checked, final_metric, write_records
 from relora_mora.system.bars import Bar, is_watched
 from relora_mora.system.process import ending_with_me, say
 
@@ -22,6 +23,28 @@ class CellsFailed(ValueError):
 
 class Stopped(Exception):
     """The study was stopped, and its runs have ended."""
+
+
+def check_inputs(study: Study, folder: StudyFolder) -> None:
+    """Checks the model, the text and the tokenizer of every known run that is not done, before the first run starts.
+
+    Raises :class:`relora_mora.config.load.ConfigError` with the faults of all runs, each fault once.
+    """
+    from relora_mora.optim.own import with_rule  # late imports: they load torch
+    from relora_mora.train.begin.settings import check_model
+    from relora_mora.train.begin.text import open_text
+    from relora_mora.weights.vocabulary import with_vocabulary
+
+    configs = cell_configs(study, folder.missing(known_cells(study, folder)), folder)
+    # text is opened only once for all runs that read the same text with the same model and tokenizer
+    include: Any = {"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}}
+    texts = {
+        config.model_dump_json(include=include, exclude={"data": {"seed"}}): (cell, config)
+        for cell, config in reversed(configs.items())
+    }
+    checks: list[Any] = [(cell, (check_model, config)) for cell, config in configs.items()]
+    checks += [(cell, (open_text, config)) for cell, config in texts.values()]
+    checked(study, checks, lambda item: item[0](with_vocabulary(with_rule(item[1]))))
 
 
 def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int) -> int:

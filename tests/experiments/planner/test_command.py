@@ -72,7 +72,6 @@ def test_an_answer_has_three_lines() -> None:
     [
         {"--gpus_per_node=3": "not a multiple of train.micro_batch_size 8 x 3 ranks"},
         {"--nodes=2": "--gpus_per_node: missing with --nodes=2"},
-        {"--link_gbits=10": "--link_gbits: a single host does not use its network"},
         {"--data.sequence_length=4096": "max_position_embeddings"},
         {"--method.rank=33": "", "--method.operators=[6]": "operator 6 needs an even R"},
         {
