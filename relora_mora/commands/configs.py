@@ -47,10 +47,6 @@ def main(*words: Annotated[str, "[copy NAME PATH]"]) -> None:
 
 
 def _title(path: Path) -> str:
-    """The beginning of the comment at the top of a YAML file, as much of it as fits into 80 columns."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").partition(". ")[0]
-    first = re.sub(r" \(arXiv [^)]*\)", "", first)
-    clause = re.match(f".{{,{WIDTH}}}(?=[,:;] )", first)
-    if len(first) > WIDTH and clause is not None:
-        first = clause.group()
-    return textwrap.shorten(first, WIDTH, placeholder=" ...")
+    """The first clause of the comment at the top of a YAML file, as much of it as fits into 80 columns."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return textwrap.shorten(re.findall(r".{9,}?(?= \(|[.,:;] |$)", first)[0], WIDTH, placeholder=" ...")

@@ -12,15 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from relora_mora.cli.command import INTERRUPTED, USER_ERROR
-from relora_mora.supervise.exits import LOST, REQUEUE
+from relora_mora.cli.command import INTERRUPTED
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import ending_with_me, many_imports, own_command
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 DEMO = Path("runs/demo")
 CONFIG = "demo"  # configs/run/demo.yaml
-_AGAIN = f"after `rm -r {DEMO}` it starts again from the beginning"
+_AGAIN = f"the same command goes on from here, and after `rm -r {DEMO}` from the beginning"
 
 
 def main(**overrides: str) -> int:
@@ -98,15 +97,9 @@ def step(title: str, words: list[str]) -> None:
         code = subprocess.run(ending_with_me(["-m", "relora_mora", *words]), check=False).returncode
     finally:
         signal.signal(signal.SIGINT, before)
-    continues = "the same command continues from here; "
-    if stops:
-        print(f"stopped; {continues}{_AGAIN}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED)
-    if code == USER_ERROR:  # the step has said what is wrong
-        raise SystemExit(code)
-    if code:
-        remedy = continues + _AGAIN if code in (LOST, REQUEUE) or code < 0 else _AGAIN
-        raise SystemExit(f"this step ended with code {code}; {remedy}")
+    if stops or code:
+        print(f"the step {'was stopped' if stops else f'ended with code {code}'}; {_AGAIN}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED if stops else code)
 
 
 def _report(run: Path) -> None:

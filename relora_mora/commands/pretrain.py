@@ -93,11 +93,9 @@ def _show(config: "Config", count: int) -> int:
 
 def run_to_the_end(main: Callable[..., int], argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
     """Runs ``main`` like :func:`run`, for a command that trains. The process exits here."""
+    from relora_mora.supervise.exits import FAILED, leave_now
+
     try:
         run(main, argv, name=name)
     except SystemExit as end:
-        try:
-            from relora_mora.supervise.exits import FAILED, leave_now
-        except ModuleNotFoundError:  # run() has reported it
-            raise end from None
         leave_now(end.code if isinstance(end.code, int) else FAILED)  # run() always exits with a number

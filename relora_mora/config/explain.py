@@ -90,8 +90,6 @@ def expectation(items: list[ErrorDetails]) -> str:
 def _expected(item: ErrorDetails) -> str:
     if item["type"] == "model_type":  # pydantic's message names an internal class
         return "input should be names and values"
-    if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
-        return f"write {item['input']:.0f}"
     return item["msg"][:1].lower() + item["msg"][1:]
 
 

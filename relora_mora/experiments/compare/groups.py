@@ -141,17 +141,11 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
         if all(name in run.validation_sets for run in runs) and not any(group.losses(name).empty for group in groups)
     ]
     if not common:
-        sets = {", ".join(map(set_title, run.validation_sets)) or "no finite loss": run.folder for run in runs[::-1]}
-        listed = "; ".join(f"{folder}: {names}" for names, folder in reversed(sets.items()))
         raise CompareError(
-            f"the runs have no validation set in common ({listed}); compare runs that have evaluated the same "
+            "the runs have no validation set in common that all have scored; compare runs that have evaluated the same "
             "data.validation at the same steps"
         )
     return common
-
-
-def set_title(name: str) -> str:
-    return f"set {name}" if name else "the held-out text"
 
 
 def count(value: float | None) -> str:

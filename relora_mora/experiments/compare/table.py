@@ -8,7 +8,7 @@ from statistics import mean
 
 import pandas as pd
 
-from relora_mora.experiments.compare.groups import UNKNOWN, Group, common_sets, count, set_title
+from relora_mora.experiments.compare.groups import UNKNOWN, Group, common_sets, count
 from relora_mora.experiments.compare.settings import as_text
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import disk_faults_named, write_synced
@@ -87,10 +87,9 @@ def _other_content(groups: Sequence[Group]) -> list[str]:
 def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
     """A note if a held-out set is not the same in all runs."""
     firsts = [group.runs[0] for group in groups]
+    title = f"Set {name}" if name else "The held-out text"
     if any(len({run.scored(name, what) for run in firsts} - {None}) > 1 for what in ("digest", "tokens")):
-        return [
-            f"{set_title(name).capitalize()}: runs were scored on different tokens; their losses are not comparable."
-        ]
+        return [f"{title}: runs were scored on different tokens; their losses are not comparable."]
     return []
 
 

@@ -9,7 +9,6 @@ import torch
 from relora_mora.adapters.inject import decoder_layers
 from relora_mora.adapters.stored import with_products
 from relora_mora.config.checks.combinations import remarks
-from relora_mora.config.registry import is_own, split_rule
 from relora_mora.config.schema import Config
 from relora_mora.experiments.planner.given import read_run
 from relora_mora.experiments.planner.step import Cluster, Step, step_of
@@ -80,11 +79,6 @@ def plan_of(
         notes.append(
             "to make it fit: lower train.micro_batch_size, set model.activation_checkpointing or method.base=int8 "
             "(with adapters), or take more or larger devices"
-        )
-    if is_own(config.optim.matrices):
-        notes.append(
-            f"the memory of {split_rule(config.optim.matrices)[1]} is what its state_shapes say, and its work is "
-            "counted only if it has flops and workspace_bytes; measure some steps"
         )
     if not cluster.on_cpu:
         notes += uneven_widths(model_config)

@@ -76,8 +76,6 @@ class Study(Strict):
         for fault, names in faults.items():
             if names:
                 raise ValueError(f"{', '.join(sorted(names))}: {fault}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} has a duplicate; list each seed once")
         return self
 
 
@@ -96,8 +94,6 @@ def _describe(fault: ErrorDetails) -> str:
     if fault["type"] == "extra_forbidden":
         known = Choice.model_fields if location[0] == "choose" else Study.model_fields
         text = f"unknown; known here: {', '.join(known)}"
-    elif location == ("grid",) and fault["type"] == "list_type":
-        text = "expected a list of mappings, such as `- {optim.lr: [1e-3, 3e-3]}`"
     return f"{'.'.join(map(str, location))}: {text}" if location else text
 
 

@@ -102,13 +102,7 @@ def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: P
     assert note not in markdown(group_runs(map(read_run, runs[1:])))
 
 
-@each(
-    ("other", "said"),
-    [
-        ({"losses": [math.nan] * 5}, "no finite loss"),
-        ({"sets": ["web"]}, "set web"),
-    ],
-)
-def test_runs_without_losses_in_common_are_refused(tmp_path: Path, other: dict[str, Any], said: str) -> None:
-    with pytest.raises(CompareError, match=rf"no validation set in common .*run0: the held-out text; .*run1: {said}"):
+@each("other", [{"losses": [math.nan] * 5}, {"sets": ["web"]}])
+def test_runs_without_losses_in_common_are_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(CompareError, match="no validation set in common"):
         markdown(_groups(tmp_path, FULL, other))

@@ -87,8 +87,7 @@ def test_the_best_of_a_grid_is_run_with_the_other_seeds():
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: unknown; known here: command, base,"),
         ([BASE], "it holds a list, expected "),
         ('grid: {data.train: "https://user:swordfish@host/a"}: x', "not YAML: "),
-        ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: expected a list of mappings"),
-        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "seeds": [0, 0]}, "seeds: [0, 0] has a duplicate"),
+        ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: Input should be a valid list"),
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         ({"base": BASE, "grid": [{"optim.lr": []}]}, "optim.lr: has an empty list"),
@@ -108,15 +107,16 @@ def test_bad_studies_are_reported_before_anything_runs(tmp_path: Path, tree: Any
 
 
 @each(
-    "grid",
+    "grid,seeds",
     [
-        [{"method.name": "full", "optim.lr": 1e-3}, {"optim.lr": 1e-3, "method.name": "full"}],
-        [{"method.name": "full", "method.rank": [8, 16]}],
-        [{"method.name": "mora", "method.operators": [[1], [1, 2]]}],
+        ([{"method.name": "full", "optim.lr": 1e-3}, {"optim.lr": 1e-3, "method.name": "full"}], [0]),
+        ([{"method.name": "full", "method.rank": [8, 16]}], [0]),
+        ([{"method.name": "mora", "method.operators": [[1], [1, 2]]}], [0]),
+        ([{"method.name": "full"}], [3, 3]),
     ],
 )
-def test_the_same_run_under_another_name_is_refused(tmp_path: Path, grid: list[dict[str, Any]]):
-    study = made_study(grid=grid)
+def test_the_same_run_under_another_name_is_refused(tmp_path: Path, grid: list[dict[str, Any]], seeds: list[int]):
+    study = made_study(grid=grid, seeds=seeds)
     with pytest.raises(ConfigError, match=r"differ only in settings that have no effect; leave"):
         cell_configs(study, first_round(study), StudyFolder(tmp_path))
 
