@@ -12,7 +12,7 @@ WIDTH = 59  # of a title: 80 columns without the name
 USES = {
     "run": "Runs, for relora-mora pretrain NAME or plan NAME",
     "task": "Tasks, for relora-mora finetune NAME or plan NAME",
-    "study": "Studies, for relora-mora study NAME, or plan NAME for its first run",
+    "study": "Studies, for relora-mora study NAME",
     "model": "Models, for --model.config=NAME or relora-mora plan NAME",
 }
 

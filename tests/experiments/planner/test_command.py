@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config.load import load_config
-from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
+from relora_mora.config.shipped import MODELS, shipped_files
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.measure import flops_per_token
 from tests.tools.commands import PLAN, call, refused
@@ -95,9 +95,8 @@ def test_all_mistakes_of_a_command_line_are_reported(arguments: dict[str, str]) 
 NOTES = {
     "llama_tiny": "ReMoRA of rank 64",
     "llama_9m": "ReMoRA of rank 32",
-    "paper_tiny": "study of 35 runs",
     "math": "train.epochs",
-    "memory_tiny": "not on this machine",
+    "memory": "not on this machine",
     "mine": "ReMoRA of rank 64",
 }
 
@@ -106,7 +105,7 @@ NOTES = {
 def test_all_names_have_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: Collection[str]) -> None:
     monkeypatch.chdir(tmp_path)  # no text, tokenizer or weights are here
     shutil.copy(ROOT / "configs/model/llama_tiny.json", "mine")
-    names = {*shipped_files([*SETTINGS, *MODELS]), "mine"}
+    names = {*shipped_files(["run", "task", *MODELS]), "mine"}
     assert names > NOTES.keys()
     for name in only or names:
         if not only and name.startswith("paper_"):
