@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 from relora_mora.cli.command import INTERRUPTED
-from relora_mora.system.bars import Bar
-from relora_mora.system.process import ending_with_me, many_imports, own_command
+from relora_mora.system.process import ending_with_me, own_command
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 DEMO = Path("runs/demo")
@@ -36,11 +35,12 @@ def main(**overrides: str) -> int:
         relora-mora demo
     """
     from relora_mora.commands.demo_text import write_text
+    from relora_mora.config.load import load_config
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     begin = time.monotonic()
     data, tokenizer, export = (DEMO / name for name in ("data", "tokenizer", "export"))
-    run = _checked_run(overrides)
+    run = Path(load_config(CONFIG, overrides, world_size=1).train.run_dir)
     say("1/5 text: docstrings and the language reference of this Python")
     print(write_text(data), flush=True)
     if (tokenizer / "tokenizer.model").exists():
@@ -57,26 +57,6 @@ def main(**overrides: str) -> int:
     say(f"done in {time.monotonic() - begin:.0f} s")
     _report(run)
     return 0
-
-
-def _checked_run(changes: dict[str, str]) -> Path:
-    """The run folder in the settings. Raises a ValueError for every mistake that can be found before there is text."""
-    from relora_mora.config.load import ConfigError, load_config
-
-    config = load_config(CONFIG, changes, world_size=1)
-    with many_imports():
-        from relora_mora.train.begin.settings import check_settings
-        from relora_mora.train.begin.text import open_text
-
-    try:
-        with Bar("checking the settings"):
-            check_settings(config, 1)
-            open_text(config)
-    except ConfigError as error:
-        faults = [fault for fault in error.faults if f"{DEMO}/" not in fault]  # the next steps make these files
-        if faults:
-            raise ConfigError(faults, error.source) from None
-    return Path(config.train.run_dir)
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
 """Runs a grid of settings over a base config (docs/studies.md)."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -45,10 +46,8 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
         return REQUEUE
     except CellsFailed:
         if folder.kept():
-            try:
+            with contextlib.suppress(CompareError):
                 compare(str(folder.records), out=str(folder.path))
-            except CompareError as error:
-                sys.stderr.write(f"{error}\n")
         raise
     compare(str(folder.records), out=str(folder.path))
     print(f"done: {cells}; {folder.records}, {folder.path / TABLE}")

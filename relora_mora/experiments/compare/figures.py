@@ -17,20 +17,7 @@ from relora_mora.experiments.compare.groups import Group, common_sets, count
 # Okabe and Ito's colors, which color-blind readers can tell apart; markers, of which there are more, also in grayscale
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-PAPER: Any = {
-    "savefig.dpi": 300,
-    "font.size": 9,
-    "axes.titlesize": "medium",
-    "legend.fontsize": "small",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.linewidth": 0.4,
-    "grid.color": "#DDDDDD",
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-}
+PAPER: Any = {"savefig.dpi": 300, "font.size": 9, "axes.grid": True, "grid.color": "#DDDDDD", "lines.markersize": 3.5}
 WIDTH = 7.0  # inches, the text width of a page
 LETTERS = 100  # in a line of this width
 LABEL_LETTERS = 40  # in a line next to a panel
