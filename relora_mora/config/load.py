@@ -80,7 +80,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         else:
             near = nearest(path.stem, shipped_files(SETTINGS))
             remedy = f"did you mean {near}?" if near else "give a YAML file, or a name that relora-mora configs lists"
-            fault = f"cannot read it ({error.strerror}); {remedy}{relative_to(path)}"
+            fault = f"cannot read it ({error.strerror}); {remedy}"
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fault = f"it is not YAML: {explain_yaml(error)}"
     except ValueError as error:  # a path that no file can have
@@ -100,11 +100,6 @@ def config_of(
     tree, found = with_overrides(tree, overrides or {})
     source = f"{path} and the command line" if overrides else str(path)
     return validate(with_defaults(tree, defaults or {}), source, found, world_size, path.parent)
-
-
-def relative_to(path: Path) -> str:
-    """An addition to messages about a missing file: the folder in which a relative path starts."""
-    return "" if path.is_absolute() else f" (relative paths start from the current folder, {Path.cwd()})"
 
 
 def validate(

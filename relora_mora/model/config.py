@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from relora_mora.adapters.inject import decoder_layers
-from relora_mora.config.load import ConfigError, relative_to
+from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
 from relora_mora.config.shipped import MODELS, shipped_files
 from relora_mora.model.causal import empty_model
@@ -121,7 +121,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
         near = get_close_matches(str(path), shipped_files(MODELS), n=1)
         remedy = f"did you mean {near[0]}?" if near else "give a file, or a name such as llama_130m"
         fault = f"{setting}: cannot read it ({error.strerror}); {remedy}"
-        raise ConfigError([fault + relative_to(path)], str(path)) from error
+        raise ConfigError([fault], str(path)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a model"], str(path)) from error
     if not isinstance(values, dict):

@@ -25,20 +25,6 @@ BESIDE_ADAPTERS = (
 SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
 TASK_SETTINGS = ("eval.tasks_every_steps", "eval.task_data", "eval.num_fewshot", "eval.limit")
 
-# how a run is executed and watched; its result does not depend on these settings
-OPERATIONAL = {
-    "data.max_bad_fraction",  # decides whether the run continues, not what it reads
-    "data.prefetch_batches",
-    "data.timeout_seconds",
-    "data.workers",
-    "train.allow_changes",
-    "train.max_bad_steps",
-    "train.max_rollbacks",
-    "train.peer_timeout_seconds",
-    "train.resume",
-    "train.run_dir",
-}
-
 
 def unused_by(config: Config) -> dict[str, str]:
     """The settings with a value other than their default that have no effect, each with what makes them unused."""

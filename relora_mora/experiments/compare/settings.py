@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
+from relora_mora.config.checks.combinations import unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
 from relora_mora.config.registry import METHODS, optimizer_named
 from relora_mora.config.removed import OLD_DEFAULTS
@@ -17,11 +17,20 @@ SEEDS = ("train.seed", "data.seed")
 _IGNORED_SECTIONS = ("checkpoint", "log")
 _IGNORED = {
     *SEEDS,
-    *OPERATIONAL,
+    "data.max_bad_fraction",  # decides whether the run continues, not what it reads
+    "data.prefetch_batches",
+    "data.timeout_seconds",
+    "data.workers",
     "eval.at_start",
     "eval.every_steps",
     "eval.generate",
     "eval.micro_batch_size",
+    "train.allow_changes",
+    "train.max_bad_steps",
+    "train.max_rollbacks",
+    "train.peer_timeout_seconds",
+    "train.resume",
+    "train.run_dir",
     "train.tokens",
 }
 # kept records of release 0.2 name what later releases no longer have

@@ -155,8 +155,8 @@ def final_metric(record: Record, metric: str) -> float | None:
     ]
     if not values:
         raise ValueError(
-            f"choose: {record['name']} has no {metric} of its last step, {steps}; see docs/metrics.md. If the line is "
-            "lost, remove the run's folder and its line in the records, so that the study repeats the run"
+            f"choose: {record['name']} has no {metric} of its last step, {steps}; remove the run's folder and its line "
+            "in the records, so that the study repeats the run"
         )
     return values[-1]
 
@@ -174,8 +174,6 @@ def cell_configs(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> di
         config = config_of(study.base_tree, study.base, overrides, defaults=defaults)
         other = first.setdefault(as_text({**used_settings(config.by_name), "train.run_dir": ""}), cell)
         faults = []
-        if config.train.resume == "never":
-            faults.append("train.resume: never, but a study resumes its interrupted runs; leave it out")
         if study.choose is not None and (missing := missing_metric(config, study.choose.metric)):
             faults.append(f"choose: {study.choose.metric}: {missing}")
         if other is not cell:

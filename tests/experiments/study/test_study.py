@@ -68,7 +68,7 @@ def test_a_run_is_chosen_by_its_last_step_and_not_by_an_earlier_one():
     lines = [{"step": 1, "eval/loss": 1.0}, {"step": 2, "eval/loss": None}, {"step": 2, "eval/loss": 2.0}]
     record = {"name": "a", "config": {"train": {"steps": 2}}}
     assert [final_metric(record | {"metrics": [lines[0], last]}, "eval/loss") for last in lines[1:]] == [None, 2.0]
-    with pytest.raises(ValueError, match=r"a has no eval/loss of its last step, 2; .* is lost"):
+    with pytest.raises(ValueError, match="a has no eval/loss of its last step, 2; remove"):
         final_metric(record | {"metrics": lines[:1]}, "eval/loss")
 
 
