@@ -51,27 +51,16 @@ def main(
     Example:
         relora-mora plan llama_7b --nodes=1 --gpus_per_node=8 --device=h100
     """
+    if nodes > 1 and gpus_per_node is None:
+        raise ValueError(f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host")
     with many_imports():
-        from relora_mora.config.load import ConfigError
-        from relora_mora.experiments.planner.plan import plan_of, read_run
+        from relora_mora.experiments.planner.plan import plan_of
         from relora_mora.experiments.planner.render import answer, tables
         from relora_mora.experiments.planner.step import Cluster
         from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here
 
-    faults = []
-    if nodes > 1 and gpus_per_node is None:
-        faults.append(f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host")
-    try:
-        chosen = device_here() if device is None else named_device(device)
-    except ValueError as error:
-        faults.append(str(error))
-    if faults:
-        try:
-            read_run(config, overrides, world_size=1, finetune=finetune)
-        except ConfigError as error:
-            faults += error.faults
-        raise ConfigError(faults, "the command line")
+    chosen = device_here() if device is None else named_device(device)
     cluster = Cluster(nodes, gpus_per_node or 1, chosen, link_gbits)
     plan = plan_of(
         config,
