@@ -12,9 +12,9 @@ from relora_mora.system.process import many_imports
 def main(*runs: str, out: str | None = None, above: Annotated[float, Ge(0)] = 0.1) -> None:
     """Prints the effective rank of what training added to the weights.
 
-    For each projection, it prints the effective rank of W - W_0 and the number of its large singular values.
-    W is the weight in each run's newest checkpoint, including adapters and merges; W_0 is the run's initial weight.
-    Numbers are means over layers, and over runs that differ only in the seed.
+    For each projection, it prints the effective rank of W - W_0 and the number of its large singular values, as means
+    over layers. W is the weight in the run's newest checkpoint, including adapters and merges; W_0 is the run's initial
+    weight.
 
     Arguments:
         runs: run folders
@@ -31,29 +31,24 @@ def main(*runs: str, out: str | None = None, above: Annotated[float, Ge(0)] = 0.
     def draw() -> dict[str, bytes]:
         from relora_mora.experiments.compare.figures import png, spectrum_figure
 
-        means = [{kind: values.double().mean(0).tolist() for kind, values in of_group.items()} for of_group in spectra]
-        return {"spectrum.png": png(spectrum_figure(groups, means))}
-
-    with many_imports():
-        from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
-        from relora_mora.experiments.compare.groups import group_runs
-        from relora_mora.experiments.compare.runs import CompareError, read_run
-        from relora_mora.experiments.compare.table import table_of, write_files
-        from relora_mora.experiments.spectrum import joined, rank_columns, spectra_of
+        means = [{kind: values.double().mean(0).tolist() for kind, values in of_run.items()} for of_run in spectra]
+        return {"spectrum.png": png(spectrum_figure(names, means))}
 
     if not runs:
-        raise CompareError("no runs given; give run folders, e.g. runs/lora runs/remora")
-    groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
+        raise ValueError("no runs given; give run folders, e.g. runs/lora runs/remora")
+    with many_imports():
+        from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
+        from relora_mora.experiments.compare.table import table_of, write_files
+        from relora_mora.experiments.spectrum import rank_columns, spectra_of
+
+    names = [*{Path(name).resolve(): name for name in runs}.values()]
     # open files stay readable if a run that continues removes its checkpoint
-    readers = [[CheckpointReader(find_checkpoint(each.folder)) for each in group.runs] for group in groups]
-    steps = [sorted({reader.manifest.step for reader in group_readers}) for group_readers in readers]
+    readers = [CheckpointReader(find_checkpoint(Path(name))) for name in names]
     with Bar("singular values"):
-        spectra = [joined([spectra_of(reader) for reader in group_readers]) for group_readers in readers]
-    columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
-    columns |= {"seeds": [str(len(group.runs)) for group in groups], "step": [", ".join(map(str, s)) for s in steps]}
-    notes = [f"Effective rank of W - W_0; singular values above {above:g}. Means over layers and seeds."]
-    notes += [f"{group.label}: {group.state}." for group in groups if group.state]
-    table = table_of(columns | rank_columns(spectra, above), left=2) + "".join(f"\n{note}\n" for note in notes)
+        spectra = [spectra_of(reader) for reader in readers]
+    columns = {"run": names, "step": [str(reader.manifest.step) for reader in readers]}
+    note = f"Effective rank of W - W_0; singular values above {above:g}. Means over layers."
+    table = table_of(columns | rank_columns(spectra, above), left=1) + f"\n{note}\n"
     print(table, end="", flush=True)
     if out is not None:
         write_files(Path(out), "spectrum.md", table, draw)

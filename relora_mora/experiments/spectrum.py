@@ -39,12 +39,7 @@ def spectra_of(reader: CheckpointReader) -> Spectra:
     return {kind: torch.stack(layers) for kind, layers in spectra.items()}
 
 
-def joined(runs: Sequence[Spectra]) -> Spectra:
-    """The spectra of several runs as those of one with all their layers."""
-    return {kind: torch.cat([spectra[kind] for spectra in runs]) for kind in runs[0]}
-
-
-def rank_columns(groups: Sequence[Spectra], above: float) -> dict[str, list[str]]:
+def rank_columns(runs: Sequence[Spectra], above: float) -> dict[str, list[str]]:
     """Columns of a table: for each kind of projection, the effective rank and the number of singular values that are
     larger than ``above``, both as means over layers.
     """
@@ -53,7 +48,7 @@ def rank_columns(groups: Sequence[Spectra], above: float) -> dict[str, list[str]
         ranks = effective_rank(values).double().mean()
         return f"{float(ranks):.0f}; {float((values > above).sum(-1).double().mean()):.0f}"
 
-    return {kind: [means(spectra[kind]) for spectra in groups] for kind in groups[0]}
+    return {kind: [means(spectra[kind]) for spectra in runs] for kind in runs[0]}
 
 
 def _initial_weights(reader: CheckpointReader, names: list[str]) -> Mapping[str, Tensor | None]:

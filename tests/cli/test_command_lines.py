@@ -85,7 +85,7 @@ from tests.tools.each import each
         ("study none.yaml", "No such file"),
         ("study smoke --jobs=0", "--jobs: got 0"),
         ("spectrum", "no runs given"),
-        ("spectrum none", "not a run folder"),
+        ("spectrum none", "none: not found; give a run folder"),
         ("spectrum none --above=-1", "--above: got -1"),
         ("board none", "none: no run"),
         ("configs none", "got none"),

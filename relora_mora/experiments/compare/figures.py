@@ -44,7 +44,7 @@ def loss_figure(groups: Sequence[Group]) -> Figure:
     The first evaluation is left out, because it would press the curves together.
     """
     sets = common_sets(groups)
-    figure = _with_legend(2.6 * len(sets), groups)
+    figure = _with_legend(2.6 * len(sets), [_caption(group, LETTERS) for group in groups])
     panels: Any = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
     for panel, name in zip(panels, sets, strict=True):
         for group, style in zip(groups, styles(), strict=False):
@@ -86,15 +86,15 @@ def perplexity_figure(groups: Sequence[Group], against: Group) -> Figure:
 
 
 @matplotlib.rc_context(PAPER)
-def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Mapping[str, Sequence[float]]]) -> Figure:
-    """Each group's singular values, descending, in a panel for each kind of projection."""
+def spectrum_figure(runs: Sequence[str], spectra: Sequence[Mapping[str, Sequence[float]]]) -> Figure:
+    """Each run's singular values, descending, in a panel for each kind of projection."""
     kinds = list(spectra[0])
     rows = -(-len(kinds) // 4)
-    figure = _with_legend(1.8 * rows, groups)
+    figure = _with_legend(1.8 * rows, [textwrap.fill(name, LETTERS) for name in runs])
     panels: Any = figure.subplots(rows, 4, sharey=True, squeeze=False)
     for panel, kind in zip(panels.flat, kinds, strict=False):
-        for of_group, style in zip(spectra, styles(), strict=False):
-            values = of_group[kind]
+        for of_run, style in zip(spectra, styles(), strict=False):
+            values = of_run[kind]
             panel.plot(range(1, len(values) + 1), values, markevery=max(1, len(values) // 6), **style)
         panel.set_title(kind)
         panel.set_yscale("log")
@@ -103,7 +103,7 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Mapping[str, Sequ
         panel.set_visible(False)
     for panel in panels[:, 0]:
         panel.set_ylabel("singular value of W - W_0")
-    largest = max(max(of_group[kind]) for of_group in spectra for kind in kinds)
+    largest = max(max(of_run[kind]) for of_run in spectra for kind in kinds)
     panels[0][0].set_ylim(largest * 1e-4, largest * 2)  # smaller values are rounding errors
     return figure
 
@@ -114,9 +114,8 @@ def _caption(group: Group, width: int) -> str:
     return textwrap.fill(f"{group.label}{seeds}{state}", width)
 
 
-def _with_legend(height: float, groups: Sequence[Group]) -> Figure:
-    """A figure with this height for panels, in inches, and a legend of the groups below it."""
-    names = [_caption(group, LETTERS) for group in groups]
+def _with_legend(height: float, names: Sequence[str]) -> Figure:
+    """A figure with this height for panels, in inches, and a legend below it."""
     lines = sum(name.count("\n") + 1 for name in names)
     figure = Figure(figsize=(WIDTH, height + 0.2 * (lines + 1)), layout="constrained")
     handles = [Line2D([], [], **style) for _, style in zip(names, styles(), strict=False)]
