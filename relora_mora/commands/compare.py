@@ -24,7 +24,7 @@ def main(
     Options:
         out: a folder for compare.md and, if matplotlib is installed, figures as PNG; it is created if needed, and these
             files in it are replaced
-        against: the run folder, or the name of a study's run, to compare with instead of the first run
+        against: which of them to compare with instead of the first run: its folder, or the name of a study's run
         unnamed: settings to leave out of the names of rows, such as optim.lr,optim.restart_warmup_steps
         best: settings such as optim.lr; of rows that differ only in these settings, keeps the one with the most seeds
             or else the lowest validation loss
@@ -42,7 +42,7 @@ def main(
     with many_imports():
         from relora_mora.config.load import ConfigError
         from relora_mora.experiments.compare.groups import group_of, group_runs
-        from relora_mora.experiments.compare.runs import TABLE, CompareError, read_run, read_runs
+        from relora_mora.experiments.compare.runs import TABLE, CompareError, read_runs
         from relora_mora.experiments.compare.table import markdown, write_files
 
     if not runs:
@@ -61,8 +61,6 @@ def main(
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     by_folder = {each.folder.resolve(): each for each in found}
-    if against is not None and not any(each.is_named(against) for each in by_folder.values()):
-        by_folder[Path(against).resolve()] = read_run(Path(against))
     settings = [[name.strip() for name in option.split(",") if name.strip()] for option in (unnamed, best)]
     groups = group_runs(by_folder.values(), *settings)
     reference = groups[0] if against is None else group_of(groups, against)

@@ -4,7 +4,6 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Annotated
 
 from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 
@@ -17,10 +16,11 @@ USES = {
 }
 
 
-def main(*words: Annotated[str, "[copy NAME PATH]"]) -> None:
+def main(*words: str) -> None:
     """Lists the settings that come with the package, or copies one.
 
-    A command takes the name of shipped settings instead of a file. A copy is a start for settings of your own.
+    Without words, it lists the settings; copy NAME PATH copies some. A command takes the name of shipped settings
+    instead of a file.
 
     Example:
         relora-mora configs copy tiny_remora mine.yaml

@@ -29,13 +29,13 @@ ELSEWHERE = {
 }
 
 
-def explain(error: ValidationError) -> list[str]:
-    """One line for each wrong setting: what was given, what was expected, what the setting means."""
+def explain(error: ValidationError, model: type[BaseModel] = Config) -> list[str]:
+    """One line for each wrong setting of a model: what was given, what was expected, what the setting means."""
     messages: dict[str, list[ErrorDetails]] = {}
     for item in error.errors():
-        name, *_ = _place(item)
+        name, *_ = _place(item, model)
         messages.setdefault(name, []).append(item)
-    return [f"{name}: {_explain(items)}" for name, items in messages.items()]
+    return [f"{name}: {_explain(items, model)}" for name, items in messages.items()]
 
 
 def doubtful(error: ValidationError) -> set[str]:
@@ -46,7 +46,7 @@ def doubtful(error: ValidationError) -> set[str]:
     names = set()
     for item in error.errors():
         *above, key = map(str, item["loc"][:2])
-        near = _meant(item) if len(item["loc"]) <= 2 and item["type"] == "extra_forbidden" else None
+        near = _meant(item, Config) if len(item["loc"]) <= 2 and item["type"] == "extra_forbidden" else None
         names.add(near if near and "." in near else ".".join([*above, near or key]))
     return names
 
@@ -68,12 +68,12 @@ def substitute_defaults(tree: Mapping[str, Any], error: ValidationError) -> Conf
         return None
 
 
-def _explain(items: list[ErrorDetails]) -> str:
+def _explain(items: list[ErrorDetails], model: type[BaseModel]) -> str:
     """The errors of one setting: of each member if its type is a union."""
-    _, description, known = _place(items[0])
+    _, description, known = _place(items[0], model)
     kind = items[0]["type"]
     if kind == "extra_forbidden":
-        near = _meant(items[0])
+        near = _meant(items[0], model)
         return "unknown; " + (f"did you mean {near}?" if near else f"known here: {', '.join(known)}")
     if kind == "missing":
         return f"must be given{description}"
@@ -89,11 +89,11 @@ def expectation(items: list[ErrorDetails]) -> str:
     return " or ".join(dict.fromkeys(text[:1].lower() + text[1:] for text in texts))
 
 
-def _place(item: ErrorDetails) -> tuple[str, str, Mapping[str, FieldInfo]]:
+def _place(item: ErrorDetails, model: type[BaseModel]) -> tuple[str, str, Mapping[str, FieldInfo]]:
     """The dotted name of the wrong setting, what it or what holds it means, and the names that are known there."""
     names: list[str] = []
     description = ""
-    known: Mapping[str, FieldInfo] = Config.model_fields
+    known: Mapping[str, FieldInfo] = model.model_fields
     for part in item["loc"]:
         field = known.get(str(part))
         if field is not None:
@@ -105,10 +105,10 @@ def _place(item: ErrorDetails) -> tuple[str, str, Mapping[str, FieldInfo]]:
     return ".".join(names), description, known
 
 
-def _meant(item: ErrorDetails) -> str | None:
+def _meant(item: ErrorDetails, model: type[BaseModel]) -> str | None:
     """The name that was meant by an unknown one, with its section if that is another one."""
     key = str(item["loc"][-1])
-    return nearest(key, _place(item)[2]) or ELSEWHERE.get(key)
+    return nearest(key, _place(item, model)[2]) or ELSEWHERE.get(key)
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, ValidationError
 
+from relora_mora.config.explain import explain
 from relora_mora.config.load import ConfigError, read_tree
 from relora_mora.config.schema import SETTINGS
 from relora_mora.config.types import Positive, Seed, Strict, Text
@@ -28,12 +28,6 @@ class Choice(Strict):
     over: list[Text] = Field(min_length=1)
     lowest: Text | None = None
     highest: Text | None = None
-
-    @model_validator(mode="after")
-    def _one_metric(self) -> "Choice":
-        if (self.lowest is None) == (self.highest is None):
-            raise ValueError("give `lowest` or `highest`, with a metric such as eval/loss")
-        return self
 
     @property
     def metric(self) -> str:
@@ -62,39 +56,28 @@ class Study(Strict):
         """
         return read_tree(self.base)
 
-    @model_validator(mode="after")
-    def _settings_that_fit(self) -> "Study":
-        named = {name for entry in self.grid for name in entry}
-        faults = {
-            "set by the study itself; list seeds in `seeds`, and give its folder as --out": {*self.settings, *named}
-            & OWN,
-            "has an empty list; give it values, or leave it out": {
-                name for entry in self.grid for name, values in entry.items() if values == []
-            },
-            "chosen over, but no entry of the grid has it": set(self.choose.over if self.choose else ()) - named,
-        }
-        for fault, names in faults.items():
-            if names:
-                raise ValueError(f"{', '.join(sorted(names))}: {fault}")
-        return self
-
 
 def read_study(path: str | Path) -> Study:
     """Reads a study's file. Raises :class:`ConfigError` with all its faults; the runs' settings are checked later."""
-    tree = read_tree(path)
     try:
-        return Study.model_validate(tree)
+        study = Study.model_validate(read_tree(path))
     except ValidationError as error:
-        raise ConfigError([_describe(item) for item in error.errors()], str(path)) from None
-
-
-def _describe(fault: ErrorDetails) -> str:
-    location = fault["loc"]
-    text = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        known = Choice.model_fields if location[0] == "choose" else Study.model_fields
-        text = f"unknown; known here: {', '.join(known)}"
-    return f"{'.'.join(map(str, location))}: {text}" if location else text
+        raise ConfigError(explain(error, Study), str(path)) from None
+    choose = study.choose
+    named = {name for entry in study.grid for name in entry}
+    found = {
+        "set by the study itself; list seeds in `seeds`, and give its folder as --out": {*study.settings, *named} & OWN,
+        "has an empty list; give it values, or leave it out": {
+            name for entry in study.grid for name, values in entry.items() if values == []
+        },
+        "chosen over, but no entry of the grid has it": set(choose.over if choose else ()) - named,
+    }
+    faults = [f"{', '.join(sorted(names))}: {fault}" for fault, names in found.items() if names]
+    if choose is not None and (choose.lowest is None) == (choose.highest is None):
+        faults.append("choose: give `lowest` or `highest`, with a metric such as eval/loss")
+    if faults:
+        raise ConfigError(faults, str(path))
+    return study
 
 
 Values = tuple[tuple[str, str], ...]  # (setting, JSON) pairs

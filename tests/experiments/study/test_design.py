@@ -83,11 +83,11 @@ def test_the_best_of_a_grid_is_run_with_the_other_seeds():
 @each(
     ("tree", "said"),
     [
-        ({"base": BASE}, "grid: Field required"),
-        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: unknown; known here: command, base,"),
+        ({"base": BASE}, "grid: must be given"),
+        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: unknown; did you mean seeds?"),
         ([BASE], "it holds a list, expected "),
         ('grid: {data.train: "https://user:swordfish@host/a"}: x', "not YAML: "),
-        ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: Input should be a valid list"),
+        ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "input should be a valid list"),
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         ({"base": BASE, "grid": [{"optim.lr": []}]}, "optim.lr: has an empty list"),
