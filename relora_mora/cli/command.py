@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -20,43 +20,41 @@ INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0
 
 
-class Interrupts:
-    """While a command runs, SIGINT raises KeyboardInterrupt; if the command does not end in time, the process exits.
+@contextlib.contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """While the block runs, SIGINT sets the event and raises KeyboardInterrupt; if the block does not end in time, the
+    process exits.
 
     A library may compute for minutes before the main thread hears of the signal, and an import may swallow the
     exception, so a thread reads the signals from a :class:`WakeupPipe`. If the command sets its own handler, as the
-    trainer does, this class does nothing.
+    trainer does, this does nothing.
     """
+    received, ended = threading.Event(), threading.Event()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield received
+        return
 
-    def __init__(self) -> None:
-        self.received = False
-        self._ended = threading.Event()
-        self._pipe: WakeupPipe | None = None
-
-    def __enter__(self) -> "Interrupts":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._handle)
-            self._pipe = WakeupPipe(self._on_signal, "interrupts")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        if self._pipe is not None:
-            if signal.getsignal(signal.SIGINT) == self._handle:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._pipe.close()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.set()
         raise KeyboardInterrupt
 
-    def _on_signal(self, number: int) -> None:
-        if number != signal.SIGINT or signal.getsignal(number) != self._handle or self._ended.wait(GRACE_SECONDS):
+    def on_signal(number: int) -> None:
+        if number != signal.SIGINT or signal.getsignal(number) != handle or ended.wait(GRACE_SECONDS):
             return
         run_with_timeout(GRACE_SECONDS, lambda: say("interrupted"))
         run_with_timeout(GRACE_SECONDS, remove_unfinished)
         os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, handle)
+    pipe = WakeupPipe(on_signal, "interrupts")
+    try:
+        yield received
+    finally:
+        ended.set()
+        if signal.getsignal(signal.SIGINT) == handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        pipe.close()
 
 
 USER_ERROR = 2
@@ -72,7 +70,7 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
     the exit code is 2; after Ctrl-C it is 130. ``name`` is the command's name in messages; default: the script's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with Interrupts() as interrupts:
+    with interrupts() as received:
         try:
             name = name or Path(sys.argv[0]).name
             if {"-h", "--help"} & set(words):
@@ -85,7 +83,7 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
             _flush_output()
         except (Exception, KeyboardInterrupt) as error:
             # libraries turn a KeyboardInterrupt into errors of their own
-            if interrupts.received or isinstance(error, KeyboardInterrupt):
+            if received.is_set() or isinstance(error, KeyboardInterrupt):
                 say("interrupted")
                 code = INTERRUPTED
             elif _is_user_error(error, command):

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ class Group:
         unfinished = [run for run in self.runs if not run.is_finished]
         if not unfinished:
             return ""
-        if any(run.has_diverged for run in unfinished):
+        if any("eval/loss" in line and line["step"] == run.steps for run in unfinished for line in run.lines):
             return "its last loss is not finite"
         step = min(run.last_step for run in unfinished)
         return f"unfinished, step {step:,} of {unfinished[0].steps:,}"
@@ -121,7 +122,9 @@ def _joined(texts: pd.DataFrame, ignored: Sequence[str] = ()) -> pd.Series:
 
 def group_of(groups: Sequence[Group], name: str) -> Group:
     """The group of the run whose folder has this path or name; raises CompareError unless exactly one run matches."""
-    matches = [(group, run) for group in groups for run in group.runs if run.is_named(name)]
+    path = Path(name).resolve()
+    runs = [(group, run) for group in groups for run in group.runs]
+    matches = [(group, run) for group, run in runs if run.folder.name == name or run.folder.resolve() == path]
     if len(matches) != 1:
         folders = ", ".join(str(run.folder) for _, run in matches)
         fault = f"matches {folders}" if matches else "matches none of the runs, or --best left it out"

@@ -89,9 +89,6 @@ class Run:
         values = {line["step"]: line[tag] for line in lines}
         return pd.Series({step: value for step, value in sorted(values.items()) if math.isfinite(value)}, dtype=float)
 
-    def is_named(self, name: str) -> bool:
-        return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
-
     @cached_property
     def compared(self) -> dict[str, Any]:
         """The settings that affect its numbers, without seeds, and with the precision that was chosen."""
@@ -113,11 +110,6 @@ class Run:
     @cached_property
     def is_finished(self) -> bool:
         return self.steps in self.series("eval/loss").index
-
-    @property
-    def has_diverged(self) -> bool:
-        """Whether the last step was evaluated, and its loss is not finite."""
-        return not self.is_finished and any("eval/loss" in line and line["step"] == self.steps for line in self.lines)
 
     @property
     def validation_sets(self) -> list[str]:
