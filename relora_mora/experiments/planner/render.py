@@ -55,8 +55,8 @@ def tables(plan: Plan) -> str:
     names = ("method", "parameters", "flops", "matrices", "others", "optimizer_flops", "tokens_per_step", "assumption")
     memory = pd.DataFrame(plan["memory"])
     steps = pd.DataFrame(plan["steps"])
-    sizes = memory.drop(["phase", "fits"]).astype(float) / 2**30
-    steps.loc["all_reduced":"sent"] /= 1e9
+    sizes = memory.drop("fits").astype(float) / 2**30
+    steps.loc["gradients":"sent"] /= 1e9
     leaves_out = (
         f"Memory leaves out the CUDA context, fragmentation and Python itself, so a run fits if it takes {USABLE:.0%} "
         "of a device. Time leaves out evaluations, checkpoints and merges."
@@ -65,7 +65,7 @@ def tables(plan: Plan) -> str:
         answer(plan),
         _lines([f"{name.replace('_', ' ')}: {_shown(plan[name])}" for name in (*names, "cluster")]),
         f"GiB of a device in {'bf16' if plan['bf16'] else 'fp32'}, at the peak of a step, by ZeRO stage",
-        pd.concat([sizes.map("{:.3g}".format), memory.loc[["phase", "fits"]]]).to_string(),
+        pd.concat([sizes.map("{:.3g}".format), memory.loc[["fits"]]]).to_string(),
         "a step: GB of tensors, what a device sends, and seconds, by ZeRO stage",
         steps.map("{:.3g}".format).to_string(),
         _lines([leaves_out]),

@@ -55,14 +55,13 @@ class Cluster:
 class Step:
     """Bytes that a rank passes to collectives in a step, bytes that it ``sent`` in a ring for them, and seconds.
 
-    ``all_reduced``: gradients whose sum every rank gets. ``reduced``: gradients whose sum only its owner gets.
+    ``gradients``: their sum gets every rank, or at stage 3 only its owner.
     ``gathered``: weights that training waits for, after the step or, at stage 3, in forward and backward.
     ``exchanged``: the pieces of matrices that an optimizer needs whole, to their owners and back.
     ``hidden``: the seconds of ``network`` in which devices compute.
     """
 
-    all_reduced: float
-    reduced: float
+    gradients: float
     gathered: float
     exchanged: float
     sent: float
@@ -79,8 +78,8 @@ class Step:
 def step_of(model: PreTrainedModel, setup: Setup, cluster: Cluster, flops_per_token: float, rate: float) -> Step:
     """A step without evaluations and checkpoints; ``rate``: FLOP/s of a device while it computes.
 
-    The model may be on the meta device. In a ring of N ranks a device sends 2 (N - 1) / N of the all-reduced bytes, and
-    (N - 1) / N of the others.
+    The model may be on the meta device. In a ring of N ranks a device sends 2 (N - 1) / N of the gradients below stage
+    3, and (N - 1) / N of everything else.
     """
     stage, ranks = setup.stage, setup.world_size
     trained = count_parameters(model).trainable
@@ -104,8 +103,7 @@ def step_of(model: PreTrainedModel, setup: Setup, cluster: Cluster, flops_per_to
     if stage == 2 and setup.zero("overlap_comm", defaults.get("overlap_comm", False)):
         hidden = min(cluster.seconds_to_send(sent_gradients), BACKWARD_SHARE * compute)
     return Step(
-        all_reduced=0 if stage == 3 else gradients,
-        reduced=gradients if stage == 3 else 0,
+        gradients=gradients,
         gathered=gathered,
         exchanged=exchanged,
         sent=sent,

@@ -6,21 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from relora_mora.config.checks.combinations import unused_settings
 from relora_mora.config.checks.data import missing_metric
 from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.compare.runs import RECORDS, read_records
-from relora_mora.experiments.compare.settings import as_text, used_settings
+from relora_mora.experiments.compare.settings import as_text, compared_settings, used_settings
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
 from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, joined_start, read_json_lines
 
-# settings that do not affect a run's numbers; a resume compares the text at its commits itself
-NOT_COMPARED = {"train.run_dir", "data.commits"}
 KEPT_LINES = 40  # of training, evenly over the steps; all evaluations are kept
 NOT_KEPT = ("command", "host")  # of a start, because they are local
 
@@ -101,9 +98,9 @@ class StudyFolder:
     def _changed_settings(self, cell: Cell, config: Config) -> str:
         """The settings that differ from those with which the cell was started."""
         known = stored_config(self.given(cell), str(self.settings(cell)))  # newer settings get their defaults
-        unused = unused_settings(known.by_name).keys() & unused_settings(config.by_name).keys()
-        changed = {name for name, value in config.by_name.items() if value != known.by_name[name]}
-        return ", ".join(sorted(changed - NOT_COMPARED - unused))
+        compared = compared_settings(known.by_name).keys() | compared_settings(config.by_name).keys()
+        compared -= {"data.commits"}  # a resume compares the text at its commits itself
+        return ", ".join(sorted(name for name in compared if known.by_name[name] != config.by_name[name]))
 
     def given(self, cell: Cell) -> dict[str, Any]:
         """The settings that the cell was started with."""
