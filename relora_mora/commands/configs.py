@@ -17,10 +17,9 @@ USES = {
 
 
 def main(*words: str) -> None:
-    """Lists the settings that come with the package, or copies one.
+    """Lists the settings that come with the package, or copies one: copy NAME PATH.
 
-    Without words, it lists the settings; copy NAME PATH copies some. A command takes the name of shipped settings
-    instead of a file.
+    A command takes the name of shipped settings instead of a file.
 
     Example:
         relora-mora configs copy tiny_remora mine.yaml
