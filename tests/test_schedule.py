@@ -137,6 +137,7 @@ def test_lengths_that_do_not_fit_are_shortened():
     clock = make_schedule(method, optim, 40)
     assert [step for step in range(41) if clock.merge_after(step)] == [6, 12, 18, 24, 30, 36]
     assert (clock.restart_warmup_steps, clock.decay_steps) == (6, 30)
+    assert [make_schedule(method, optim, steps).warmup_steps for steps in (1, 6, 10, 11)] == [1, 3, 5, 10]
     assert make_schedule(method, optim, 60).decay_steps == 50
 
 

@@ -125,7 +125,8 @@ def test_one_function_decides_between_cpu_and_gpu():
     [
         ("deepspeed", "checkpoint evaluation sizing weights experiments/planner"),
         # a mistake is reported immediately, and importing torch takes seconds
-        ("torch", "cli commands config data tokenizer experiments/compare experiments/study/conduct.py"),
+        ("torch", "cli commands config data tokenizer experiments/compare"),
+        ("torch", "experiments/study/conduct.py train/begin/files.py"),
         ("pandas", "cli commands config"),
         ("matplotlib", "cli commands experiments/compare/table.py"),
     ],

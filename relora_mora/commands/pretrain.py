@@ -48,13 +48,16 @@ def train(
     from relora_mora.supervise.exits import FAILED, LOST
     from relora_mora.supervise.guard import Guard
     from relora_mora.supervise.launchers import check_environment
+    from relora_mora.train.begin.files import check_files
 
     if show is not None:
         return _show(load_config(config, overrides, defaults=defaults), show)
     rank, world_size = check_environment()
     guard = Guard(rank)  # before anything that takes time
     settings = load_config(config, overrides, world_size=world_size, defaults=defaults)
-    with many_imports():  # takes seconds, so settings are checked first
+    if world_size == 1:  # several ranks do it after they have joined, so that all of them end
+        check_files(settings)
+    with many_imports():  # takes seconds, so all of the above is checked first
         from relora_mora.distributed.join import JoinError
         from relora_mora.engine.merging import MergeError
         from relora_mora.train.log.progress import next_commands
@@ -76,6 +79,9 @@ def train(
 
 
 def _show(config: "Config", count: int) -> int:
+    from relora_mora.train.begin.files import check_files
+
+    check_files(config)
     with many_imports():
         from relora_mora.data.first_rows import show_records
         from relora_mora.tokenizer.identity import check_vocabulary

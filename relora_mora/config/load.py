@@ -1,5 +1,6 @@
 """Reads a run's settings: defaults, YAML file, then ``--section.key=value``. All faults are reported together."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,23 @@ def config_of(
     tree, found = with_overrides(tree, overrides or {})
     source = f"{path} and the command line" if overrides else str(path)
     return validate(with_defaults(tree, defaults or {}), source, found, world_size, path.parent)
+
+
+def read_json(path: Path, setting: str) -> dict[str, Any]:
+    """The keys in a config.json. Raises :class:`ConfigError`, with the name of the setting, if it cannot be read."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        near = nearest(str(path), shipped_files(MODELS))
+        remedy = f"did you mean {near}?" if near else "give a file, or a name such as llama_130m"
+        fault = f"{setting}: cannot read {path} ({error.strerror}); {remedy}"
+        raise ConfigError([fault], str(path)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a model"], str(path)) from error
+    if not isinstance(values, dict):
+        fault = f"{setting}: holds a {type(values).__name__}, expected an object; give the config.json of a model"
+        raise ConfigError([fault], str(path))
+    return values
 
 
 def validate(

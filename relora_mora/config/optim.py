@@ -69,7 +69,7 @@ class OptimConfig(Strict):
     schedule: ScheduleKind = "cosine"
     """shape of the learning rate after warmup; merges restart it"""
     warmup_steps: NotNegative = 1000
-    """steps of linear warmup at the start"""
+    """steps of linear warmup at the start; half of the run if it has no more steps than this"""
     warmup_fraction: Decay | None = None
     """linear warmup as a fraction of the run's steps, instead of warmup_steps; 0.03 is 3 %"""
     restart_warmup_steps: NotNegative = 50
@@ -81,9 +81,13 @@ class OptimConfig(Strict):
     rewarm: Literal["all", "adapters"] = "all"
     """which parameter groups restart their learning rate after a merge"""
 
+    def warmup_of(self, steps: int) -> int:
+        """Steps of linear warmup in a run of ``steps``: half of them if it ends before ``warmup_steps`` are over."""
+        return self.warmup_steps if self.warmup_steps < steps else (steps + 1) // 2
+
     def decay_of(self, steps: int) -> int:
         """Steps of the final decay of ``wsd`` in a run of ``steps``: at most those after the warmup."""
-        return min(self.decay_steps or max(1, steps // 10), max(0, steps - self.warmup_steps))
+        return min(self.decay_steps or max(1, steps // 10), steps - self.warmup_of(steps))
 
     def of_group(self, group: str) -> MatrixOptimizer:
         """The optimizer of a parameter group."""

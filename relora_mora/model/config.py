@@ -21,9 +21,8 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from relora_mora.adapters.inject import decoder_layers
-from relora_mora.config.load import ConfigError
+from relora_mora.config.load import ConfigError, read_json
 from relora_mora.config.schema import ModelConfig
-from relora_mora.config.shipped import MODELS, shipped_files
 from relora_mora.model.causal import empty_model
 from relora_mora.model.documents import head_width
 
@@ -111,23 +110,6 @@ def read_model_config(settings: ModelConfig) -> PreTrainedConfig:
         read_json(path, "model.config") | settings.overrides,
         f"{path} with model.overrides" if settings.overrides else str(path),
     )
-
-
-def read_json(path: Path, setting: str) -> dict[str, Any]:
-    """The keys in a config.json. Raises :class:`ConfigError`, with the name of the setting, if it cannot be read."""
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        near = get_close_matches(str(path), shipped_files(MODELS), n=1)
-        remedy = f"did you mean {near[0]}?" if near else "give a file, or a name such as llama_130m"
-        fault = f"{setting}: cannot read it ({error.strerror}); {remedy}"
-        raise ConfigError([fault], str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a model"], str(path)) from error
-    if not isinstance(values, dict):
-        fault = f"{setting}: holds a {type(values).__name__}, expected an object; give the config.json of a model"
-        raise ConfigError([fault], str(path))
-    return values
 
 
 def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConfig:

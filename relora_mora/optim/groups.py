@@ -228,7 +228,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
     return Schedule(
         kind=optim.schedule,
         total_steps=steps,
-        warmup_steps=optim.warmup_steps,
+        warmup_steps=optim.warmup_of(steps),
         min_ratio=optim.min_ratio,
         decay_steps=optim.decay_of(steps),
         merge_every=method.merge_every if method.merges else 0,

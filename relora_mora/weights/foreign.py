@@ -12,8 +12,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils import logging as transformers_logging
 
 from relora_mora.checkpoint.layout import MANIFEST, CheckpointError
-from relora_mora.config.load import ConfigError
-from relora_mora.model.config import family_of, parse_model_config, read_json
+from relora_mora.config.load import ConfigError, read_json
+from relora_mora.model.config import family_of, parse_model_config
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import quiet_transformers
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from relora_mora.config.load import read_json
 from relora_mora.data.records.passages import end_of_turn, special_tokens
-from relora_mora.model.config import read_json
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.foreign import is_foreign
 

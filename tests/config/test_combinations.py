@@ -184,11 +184,11 @@ def test_sources_that_go_together_are_accepted(changes: dict[str, Any]) -> None:
 
 REMARKS: list[tuple[str, dict[str, Any]]] = [  # what the remark says; a run has 10,000 steps
     (
-        "train.steps: the run of 10000 steps ends within the warmup of 20000, at 50% of the peak rates, without a",
+        "train.steps: the run of 10000 steps warms up in 5000 (optim.warmup_steps=20000), ends without a",
         {"optim.warmup_steps": 20_000, "method.merge_every": 10_000},
     ),
     (
-        "train.steps: the run of 10000 steps ends after 9000 of optim.decay_steps=9001",
+        "train.steps: the run of 10000 steps decays in 9000 (optim.decay_steps=9001)",
         {"optim.schedule": "wsd", "optim.decay_steps": 9001},
     ),
     (
@@ -216,4 +216,4 @@ def test_a_run_says_what_it_does_about_settings_that_its_length_leaves_no_room_f
 @each("config", sorted((ROOT / "configs" / "run").glob("*.yaml")))
 def test_a_few_steps_of_any_shipped_config_can_be_tried(config: Path, steps: str) -> None:
     tried = load_config(config, {"train.steps": steps})
-    assert next(remarks(tried)).startswith(f"train.steps: the run of {steps} steps ends within the warmup of ")
+    assert next(remarks(tried)).startswith(f"train.steps: the run of {steps} steps warms up in {int(steps) // 2 or 1} ")

@@ -54,8 +54,8 @@ def test_a_missing_package_is_not_a_traceback() -> None:
 @each(
     "setting,message",
     [
-        ("model.config={}/nowhere", "model.config: cannot read it (No such file or directory)"),
-        ("model.config={}/folder", "model.config: cannot read it (Is a directory)"),
+        ("model.config={}/nowhere", "(No such file or directory)"),
+        ("model.config={}/folder", "(Is a directory)"),
         ("model.config={}/rubbish", "model.config: not JSON"),
         ("model.overrides.num_attention_heads=7", "number of attention heads (7)"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),

@@ -99,20 +99,24 @@ def _merges(config: Config) -> bool:
     return config.method.merges and config.method.merge_every <= last
 
 
+def _merges_in_warmup(config: Config) -> int:
+    """The steps of the warmup, if the first merge comes before its end."""
+    warmup = config.optim.warmup_of(config.train.steps)
+    return warmup if config.method.merge_every < warmup else 0
+
+
 def _cut_short(config: Config) -> list[str]:
     """What the length of a run leaves no room for."""
     steps, optim, method = config.train.steps, config.optim, config.method
     found = []
-    if optim.warmup_steps >= steps:
-        found.append(
-            f"within the warmup of {optim.warmup_steps}, at {steps / optim.warmup_steps:.0%} of the peak rates"
-        )
-    elif optim.schedule == "wsd" and optim.decay_of(steps) < (optim.decay_steps or 0):
-        found.append(f"after {optim.decay_of(steps)} of optim.decay_steps={optim.decay_steps}")
+    if optim.warmup_of(steps) < optim.warmup_steps:
+        found.append(f"warms up in {optim.warmup_of(steps)} (optim.warmup_steps={optim.warmup_steps})")
+    if optim.schedule == "wsd" and optim.decay_of(steps) < (optim.decay_steps or 0):
+        found.append(f"decays in {optim.decay_of(steps)} (optim.decay_steps={optim.decay_steps})")
     if method.merges and not _merges(config):
-        found.append(f"without a merge (method.merge_every={method.merge_every})")
+        found.append(f"ends without a merge (method.merge_every={method.merge_every})")
     return found + [
-        f"before the stage of step {each.from_step}" for each in config.data.stages if each.from_step > steps
+        f"ends before the stage of step {each.from_step}" for each in config.data.stages if each.from_step > steps
     ]
 
 
@@ -239,10 +243,10 @@ METHOD_RULES = (
 REMARKS = (
     Rule("train.steps",
          lambda c: _cut_short(c),
-         "the run of {c.train.steps} steps ends {found}"),
+         "the run of {c.train.steps} steps {found}"),
     Rule("method.merge_every",
-         lambda c: _merges(c) and c.optim.restart_warmup_steps and c.method.merge_every < c.optim.warmup_steps,
-         "the first merge (step {c.method.merge_every}) comes before the warmup ends (step {c.optim.warmup_steps}): "
+         lambda c: _merges(c) and c.optim.restart_warmup_steps and _merges_in_warmup(c),
+         "the first merge (step {c.method.merge_every}) comes before the warmup ends (step {found}): "
          "the warmup after it rises to the rate that the first warmup has then"),
     Rule("optim.restart_warmup_steps",
          lambda c: _merges(c) and c.optim.restart_warmup_steps > c.method.merge_every,

@@ -24,7 +24,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.content import content_of, fingerprints, with_versions
 from relora_mora.data.first_rows import check_columns, check_lanes, check_records
-from relora_mora.data.named_sets import is_on_disk, with_commits
+from relora_mora.data.named_sets import with_commits
 from relora_mora.data.read import count_epochs
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.make import tokens_of_whole_rows
@@ -38,9 +38,10 @@ from relora_mora.supervise.guard import Guard
 from relora_mora.system.bars import Bar
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.tokenizer.files import TokenizerError, check_exists
+from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, save_tokenizer, tokenizer_fingerprint
 from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.train.begin.files import check_files
 from relora_mora.train.begin.identity import Identity, changed_settings
 from relora_mora.train.begin.settings import check_machine, check_settings, memory_of_rank, setup_here, task_settings
 from relora_mora.train.begin.text import open_text
@@ -98,6 +99,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     Only one rank calls it. What is wrong on this machine is found before a server is asked for anything, which may take
     minutes.
     """
+    check_files(config)
     setup, model_config = check_settings(config, world_size)
     config = setup.config
     passes_boundaries = True
@@ -106,8 +108,6 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         kind = model_config.model_type
         log.info("model: the loss of a small %s differs from transformers' by %.1e", kind, findings.difference)
         passes_boundaries = findings.passes_boundaries
-    if not all(map(is_on_disk, [*config.data.sources("train"), *config.data.sources("validation")])):
-        check_exists(Path(config.tokenizer_path))
     data = with_commits(_with_saved_commits(config))
     config = config.model_copy(update={"data": data})
     text = open_text(config)

@@ -15,10 +15,10 @@ from relora_mora.model.causal import empty_model
 from relora_mora.optim.groups import set_trainable
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
+from relora_mora.train.begin.files import START_REMEDY, check_start_exists
 from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 _MODELS = ("config.json", MANIFEST, RunFolder(Path()).checkpoints.name)  # in a Hugging Face folder, a checkpoint, a run
-_REMEDY = "give the folder of a causal language model (`hf download REPO --local-dir DIR` fetches one) or a run"
 
 
 def check_start(config: Config) -> None:
@@ -26,13 +26,12 @@ def check_start(config: Config) -> None:
     if config.model.init_from is None:
         return
     start = Path(config.model.init_from)
+    check_start_exists(start)
     fault = None
-    if not start.exists():
-        fault = f"does not exist; {_REMEDY}"
-    elif is_adapter(start):
+    if is_adapter(start):
         fault = "holds an adapter without its model; give its model there, and the adapter in model.adapter"
     elif not any((start / name).exists() for name in _MODELS) and not list_checkpoints(start):
-        fault = f"holds neither a config.json nor checkpoints; {_REMEDY}"
+        fault = f"holds neither a config.json nor checkpoints; {START_REMEDY}"
     if fault is not None:
         raise ConfigError([f"model.init_from: {start} {fault}"], "the settings")
 

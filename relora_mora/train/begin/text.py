@@ -4,7 +4,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -24,7 +23,6 @@ from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.load import load_tokenizer
 
 T = TypeVar("T")
-_DEMO = "runs/demo/"  # what shipped settings such as tiny_remora read
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ def open_text(config: Config) -> Text:
         one_set = config.model_copy(update={"data": data})
         attempt(set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
     if tokenizer is None or shards is None or faults:
-        remedy = f" (relora-mora demo creates it in the current folder, {Path.cwd()})"
-        raise ConfigError([fault + remedy * (_DEMO in fault) for fault in faults], "the settings")
+        raise ConfigError(faults, "the settings")
     if remark := split_remark(shards, config.data):
         log.info(remark)
     return Text(tokenizer, shards, template)

@@ -14,6 +14,7 @@ from relora_mora.evaluation.loss import held_out
 from relora_mora.train.begin.inputs import open_inputs
 from relora_mora.train.begin.text import open_text
 from tests.tools.data_tools import write_parquet
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 
@@ -35,18 +36,20 @@ def changed(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: inner})
 
 
-def test_missing_files_of_the_demo_are_named_with_their_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@each("start", ["config", "init_from"])
+def test_all_missing_files_are_named_together_with_their_commands(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as raised:
-        open_inputs(settings(), 1)
+        open_inputs(settings(**{f"model.{start}": "nowhere"}), 1)
     assert [fault.partition(":")[0] for fault in raised.value.faults] == [
+        f"model.{start}",
         "tokenizer.path",
         "data.train",
         "data.validation",
     ]
-    for fault in raised.value.faults:
+    for fault in raised.value.faults[1:]:
         assert "runs/demo/" in fault
         assert "(relora-mora demo creates it" in fault
         assert str(tmp_path) in fault
