@@ -82,6 +82,7 @@ def test_a_method_without_merges_is_reported(
 
 
 def test_a_run_names_the_next_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("relora_mora.train.begin.files.check_files", lambda config: None)
     monkeypatch.setattr("relora_mora.train.pretrain.pretrain", lambda settings, guard: 0)
     assert train("tiny_remora", {}) == 0
     assert "next:" in capsys.readouterr().err
