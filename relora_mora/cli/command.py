@@ -1,6 +1,7 @@
 """Runs a command: arguments, exit code, Ctrl-C, and a message instead of a traceback for a user's mistake."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -59,6 +60,16 @@ def interrupts() -> Iterator[threading.Event]:
 
 USER_ERROR = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose a place on another disk",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of this path is not a folder; check the path",
+    errno.EISDIR: "a file was expected; check the path",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTEMPTY: "give a new folder, or remove it",
+}
 
 
 def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
@@ -137,7 +148,9 @@ def _show(error: Exception) -> None:
     else:
         from relora_mora.config.secrets import redact
 
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:
             message = ": ".join(filter(None, (place_of(error), error.strerror)))
+            remedy = _REMEDIES.get(error.errno)
+            message += f"; {remedy}" if remedy else ""
         message = redact(message)
     say(message if rank == "0" else f"[rank {rank}] {message}")

@@ -4,6 +4,7 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Annotated
 
 from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 
@@ -11,15 +12,15 @@ WIDTH = 59  # of a title: 80 columns without the name
 USES = {
     "run": "Runs, for relora-mora pretrain NAME or plan NAME",
     "task": "Tasks, for relora-mora finetune NAME or plan NAME",
-    "study": "Studies, for relora-mora study NAME",
+    "study": "Studies, for relora-mora study NAME, or plan NAME for its first run",
     "model": "Models, for --model.config=NAME or relora-mora plan NAME",
 }
 
 
-def main(*words: str) -> None:
-    """Lists the settings that come with the package, or copies one: copy NAME PATH.
+def main(*words: Annotated[str, "[copy NAME PATH]"]) -> None:
+    """Lists the settings that come with the package, or copies one.
 
-    A command takes the name of shipped settings instead of a file.
+    A command takes the name of shipped settings instead of a file. A copy is a start for settings of your own.
 
     Example:
         relora-mora configs copy tiny_remora mine.yaml
@@ -46,6 +47,10 @@ def main(*words: str) -> None:
 
 
 def _title(path: Path) -> str:
-    """The first clause of the comment at the top of a YAML file, as much of it as fits into 80 columns."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-    return textwrap.shorten(re.findall(r".{9,}?(?= \(|[.,:;] |$)", first)[0], WIDTH, placeholder=" ...")
+    """The beginning of the comment at the top of a YAML file, as much of it as fits into 80 columns."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").partition(". ")[0]
+    first = re.sub(r" \(arXiv [^)]*\)", "", first)
+    clause = re.match(f".{{,{WIDTH}}}(?=[,:;] )", first)
+    if len(first) > WIDTH and clause is not None:
+        first = clause.group()
+    return textwrap.shorten(first, WIDTH, placeholder=" ...")

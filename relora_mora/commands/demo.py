@@ -12,13 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-from relora_mora.cli.command import INTERRUPTED
-from relora_mora.system.process import ending_with_me, own_command
+from relora_mora.cli.command import INTERRUPTED, USER_ERROR
+from relora_mora.supervise.exits import LOST, REQUEUE
+from relora_mora.system.bars import Bar
+from relora_mora.system.process import ending_with_me, many_imports, own_command
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 DEMO = Path("runs/demo")
 CONFIG = "demo"  # configs/run/demo.yaml
-_AGAIN = f"the same command goes on from here, and after `rm -r {DEMO}` from the beginning"
+_AGAIN = f"after `rm -r {DEMO}` it starts again from the beginning"
 
 
 def main(**overrides: str) -> int:
@@ -35,12 +37,11 @@ def main(**overrides: str) -> int:
         relora-mora demo
     """
     from relora_mora.commands.demo_text import write_text
-    from relora_mora.config.load import load_config
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     begin = time.monotonic()
     data, tokenizer, export = (DEMO / name for name in ("data", "tokenizer", "export"))
-    run = Path(load_config(CONFIG, overrides, world_size=1).train.run_dir)
+    run = _checked_run(overrides)
     say("1/5 text: docstrings and the language reference of this Python")
     print(write_text(data), flush=True)
     if (tokenizer / "tokenizer.model").exists():
@@ -57,6 +58,26 @@ def main(**overrides: str) -> int:
     say(f"done in {time.monotonic() - begin:.0f} s")
     _report(run)
     return 0
+
+
+def _checked_run(changes: dict[str, str]) -> Path:
+    """The run folder in the settings. Raises a ValueError for every mistake that can be found before there is text."""
+    from relora_mora.config.load import ConfigError, load_config
+
+    config = load_config(CONFIG, changes, world_size=1)
+    with many_imports():
+        from relora_mora.train.begin.settings import check_settings
+        from relora_mora.train.begin.text import open_text
+
+    try:
+        with Bar("checking the settings"):
+            check_settings(config, 1)
+            open_text(config)
+    except ConfigError as error:
+        faults = [fault for fault in error.faults if f"{DEMO}/" not in fault]  # the next steps make these files
+        if faults:
+            raise ConfigError(faults, error.source) from None
+    return Path(config.train.run_dir)
 
 
 def say(text: str) -> None:
@@ -77,9 +98,15 @@ def step(title: str, words: list[str]) -> None:
         code = subprocess.run(ending_with_me(["-m", "relora_mora", *words]), check=False).returncode
     finally:
         signal.signal(signal.SIGINT, before)
-    if stops or code:
-        print(f"the step {'was stopped' if stops else f'ended with code {code}'}; {_AGAIN}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED if stops else code)
+    continues = "the same command continues from here; "
+    if stops:
+        print(f"stopped; {continues}{_AGAIN}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
+    if code == USER_ERROR:  # the step has said what is wrong
+        raise SystemExit(code)
+    if code:
+        remedy = continues + _AGAIN if code in (LOST, REQUEUE) or code < 0 else _AGAIN
+        raise SystemExit(f"this step ended with code {code}; {remedy}")
 
 
 def _report(run: Path) -> None:

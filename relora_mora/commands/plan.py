@@ -14,7 +14,7 @@ Rate = Annotated[float, Ge(1e-6), Le(1e15)]  # beyond, the time in seconds would
 def main(
     config: str,
     *,
-    nodes: PositiveInt = 1,
+    nodes: PositiveInt | None = None,
     gpus_per_node: PositiveInt | None = None,
     device: str | None = None,
     link_gbits: Rate | None = None,
@@ -34,8 +34,8 @@ def main(
         overrides: settings, as for training
 
     Machines:
-        nodes: number of hosts
-        gpus_per_node: devices per host; default: 1, if there is one host
+        nodes: number of hosts; default: 1
+        gpus_per_node: devices per host; default: 1
         device: the kind of device, such as h100, a100-80gb or cpu; cuda means a100-80gb; default: this machine's
         link_gbits: network of one host in Gbit/s, all cards together; default: the network of the vendor's host
 
@@ -51,17 +51,38 @@ def main(
     Example:
         relora-mora plan llama_7b --nodes=1 --gpus_per_node=8 --device=h100
     """
-    if nodes > 1 and gpus_per_node is None:
-        raise ValueError(f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host")
+    from relora_mora.system.devices import CPU, named_device
+
+    faults = []
+    if nodes is not None and nodes > 1 and gpus_per_node is None:
+        faults.append(
+            f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host, "
+            "e.g. --gpus_per_node=8"
+        )
+    if link_gbits is not None and (nodes or 1) == 1:
+        faults.append("--link_gbits: a single host does not use its network; give --nodes above 1, or leave it out")
+    chosen = CPU
+    try:
+        chosen = chosen if device is None else named_device(device)
+    except ValueError as error:
+        faults.append(str(error))
     with many_imports():
+        from relora_mora.config.load import ConfigError
+        from relora_mora.experiments.planner.given import read_run
         from relora_mora.experiments.planner.plan import plan_of
         from relora_mora.experiments.planner.render import answer, tables
         from relora_mora.experiments.planner.step import Cluster
-        from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here
 
-    chosen = device_here() if device is None else named_device(device)
-    cluster = Cluster(nodes, gpus_per_node or 1, chosen, link_gbits)
+    if faults:
+        try:
+            read_run(config, overrides, world_size=1, finetune=finetune)
+        except ConfigError as error:
+            faults += error.faults
+        raise ConfigError(faults, "the command line")
+    if device is None:
+        chosen = device_here()
+    cluster = Cluster(nodes or 1, gpus_per_node or 1, chosen, link_gbits)
     plan = plan_of(
         config,
         overrides,

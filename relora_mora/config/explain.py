@@ -84,9 +84,15 @@ def _explain(items: list[ErrorDetails], model: type[BaseModel]) -> str:
 
 def expectation(items: list[ErrorDetails]) -> str:
     """What was expected, according to the errors of a value."""
-    # of a model, pydantic's message names an internal class
-    texts = ("Input should be names and values" if each["type"] == "model_type" else each["msg"] for each in items)
-    return " or ".join(dict.fromkeys(text[:1].lower() + text[1:] for text in texts))
+    return " or ".join(dict.fromkeys(map(_expected, items)))
+
+
+def _expected(item: ErrorDetails) -> str:
+    if item["type"] == "model_type":  # pydantic's message names an internal class
+        return "input should be names and values"
+    if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
+        return f"write {item['input']:.0f}"
+    return item["msg"][:1].lower() + item["msg"][1:]
 
 
 def _place(item: ErrorDetails, model: type[BaseModel]) -> tuple[str, str, Mapping[str, FieldInfo]]:

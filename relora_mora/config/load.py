@@ -81,7 +81,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         else:
             near = nearest(path.stem, shipped_files(SETTINGS))
             remedy = f"did you mean {near}?" if near else "give a YAML file, or a name that relora-mora configs lists"
-            fault = f"cannot read it ({error.strerror}); {remedy}"
+            fault = f"cannot read it ({error.strerror}); {remedy}{relative_to(path)}"
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fault = f"it is not YAML: {explain_yaml(error)}"
     except ValueError as error:  # a path that no file can have
@@ -103,6 +103,11 @@ def config_of(
     return validate(with_defaults(tree, defaults or {}), source, found, world_size, path.parent)
 
 
+def relative_to(path: Path) -> str:
+    """An addition to messages about a missing file: the folder in which a relative path starts."""
+    return "" if path.is_absolute() else f" (relative paths start from the current folder, {Path.cwd()})"
+
+
 def read_json(path: Path, setting: str) -> dict[str, Any]:
     """The keys in a config.json. Raises :class:`ConfigError`, with the name of the setting, if it cannot be read."""
     try:
@@ -111,7 +116,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
         near = nearest(str(path), shipped_files(MODELS))
         remedy = f"did you mean {near}?" if near else "give a file, or a name such as llama_130m"
         fault = f"{setting}: cannot read {path} ({error.strerror}); {remedy}"
-        raise ConfigError([fault], str(path)) from error
+        raise ConfigError([fault + relative_to(path)], str(path)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a model"], str(path)) from error
     if not isinstance(values, dict):

@@ -34,6 +34,7 @@ class Memory:
     have been copied to their places.
     """
 
+    phase: str = "between steps"
     weights: float
     merged: float = 0
     gathered: float
@@ -61,12 +62,18 @@ def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     gathered = max(state.gathered, gathered_memory(model, setup))
     seen = measure(model, setup)
     until_reduced = replace(state, merged=merged_memory(model, setup))
-    at_loss = {"activations": seen.kept, "scratch": seen.most - seen.kept}
     phases = [
-        replace(until_reduced, gathered=gathered, gradients=before, **at_loss),
-        replace(until_reduced, gradients=gradients.after_backward, activations=seen.at_end),
-        replace(until_reduced, gradients=gradients.in_reduction),
-        replace(state, gradients=gradients.in_step, scratch=scratch),
+        replace(
+            until_reduced,
+            phase="backward",
+            gathered=gathered,
+            gradients=before,
+            activations=seen.kept,
+            scratch=seen.most - seen.kept,
+        ),
+        replace(until_reduced, phase="end of backward", gradients=gradients.after_backward, activations=seen.at_end),
+        replace(until_reduced, phase="reduction", gradients=gradients.in_reduction),
+        replace(state, phase="step", gradients=gradients.in_step, scratch=scratch),
     ]
     return max(phases, key=lambda memory: memory.device)
 

@@ -77,9 +77,10 @@ GIVEN = "given, expected, remedy"
         (ConfigError([GIVEN], "c"), f"1 fault in c:\n  - {GIVEN}\n"),
         (OSError(GIVEN), f"{GIVEN}\n"),
         (ValueError(GIVEN), f"{GIVEN}\n"),  # raised by a file of the project, as this one is
+        (OSError(errno.ENOSPC, "Full", "runs/out"), "runs/out: Full; free some space"),
         (OSError(errno.EIO, "Input/output error", b"a"), "a: Input/output error\n"),
-        (OSError(errno.ENOSPC, "Full", "source", None, "copy"), "copy: Full\n"),
-        (OSError(errno.ENAMETOOLONG, "Too long"), "Too long\n"),
+        (OSError(errno.ENOSPC, "Full", "source", None, "copy"), "copy: Full; free some space"),
+        (OSError(errno.ENAMETOOLONG, "Too long"), "Too long; give a shorter name"),
     ],
 )
 def test_mistakes_of_the_user_give_one_message(

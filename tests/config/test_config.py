@@ -179,7 +179,7 @@ def test_the_page_names_every_default_of_fine_tuning() -> None:
 
 
 WRONG: dict[str, list[Any]] = {
-    "train.steps": [0, 1.0, True],
+    "train.steps": [0, 1.0, True],  # the message for 1.0 is to write 1
     "train.zero_stage": [4],
     "train.run_dir": ["", "a\0b"],
     "train.precision": ["fp16"],

@@ -34,6 +34,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
     return folder
 
 
+def test_in_another_folder_the_message_names_the_base_of_relative_paths(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started = f"(relative paths start from the current folder, {tmp_path})"
+    refused(call(PLAN, "configs/run/mine.yaml"), "cannot read it", started)
+    refused(call(PLAN, inputs / "run.yaml", "--model.config=configs/model/mine.json"), "cannot read configs", started)
+    absolute = call(PLAN, tmp_path / "none.yaml")
+    refused(absolute, "cannot read ")
+    assert "relative" not in absolute.err
+
+
 @each("script", ["launch/pretrain.py", "tokenizer/train.py"])
 def test_outside_the_environment_a_script_reports_it(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -13,6 +13,7 @@ from relora_mora.commands import demo
 from relora_mora.commands.pretrain import train
 from relora_mora.config.shipped import FOLDER
 from tests.tools.commands import call
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 STEP = """
@@ -46,28 +47,38 @@ def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert (tmp_path / "saved").exists() and "the next step" not in out
     assert process.returncode == 130
-    assert err.startswith("the step was stopped; the same command goes on from here")
+    assert err.startswith("stopped; the same command continues from here")
 
 
+@each(
+    "changes,settings",
+    [
+        (["--train.steps=0", "--optim.warmup_step=3"], ["train.steps: ", "optim.warmup_step: "]),
+        (["--data.sequence_length=100000"], ["data.sequence_length: "]),
+        (["--data.train=nothing.txt", "--optim.matrices=nothing.py:Rule"], ["nothing.py"]),
+        (["--data.train=nothing.txt"], ["data.train: "]),
+    ],
+)
 def test_a_mistake_in_the_settings_is_reported_before_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], settings: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = call("demo", "--train.steps=0", "--optim.warmup_step=3")
+    answer = call("demo", *changes)
     assert (answer.code, answer.out) == (2, "")
-    assert all(name in answer.err for name in ("train.steps: ", "optim.warmup_step: "))
+    assert all(name in answer.err for name in settings)
     assert str(FOLDER) not in answer.err, "the name of the shipped settings, not their path"
+    assert "runs/demo" not in answer.err, "the first steps make these files"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_that_fails_ends_the_demo_with_its_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_that_fails_ends_the_demo_and_says_whether_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "ending_with_me", lambda words: [sys.executable, "-c", f"raise SystemExit({words[-1]})"])
     demo.step("a step", ["0"])
-    with pytest.raises(SystemExit, match="75"):
-        demo.step("a step", ["75"])
-    assert "ended with code 75; the same command goes on" in capsys.readouterr().err
+    for code, words in ((2, []), (1, ["code 1", "rm -r"]), (75, ["code 75", "continues", "rm -r"])):
+        with pytest.raises(SystemExit) as ended:
+            demo.step("a step", [str(code)])
+        assert all(word in str(ended.value) for word in words or ["2"])
+        assert ("continues" in str(ended.value)) == ("continues" in words)
 
 
 def test_a_method_without_merges_is_reported(

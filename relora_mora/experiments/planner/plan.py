@@ -1,25 +1,18 @@
-"""A run's plan, from its settings and the cluster it is to run on.
-
-The first argument of ``relora-mora plan`` is a settings file, or the name of shipped settings or of a shipped model.
-"""
+"""A run's plan, from its settings and the cluster it is to run on."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from relora_mora.adapters.inject import decoder_layers
 from relora_mora.adapters.stored import with_products
 from relora_mora.config.checks.combinations import remarks
-from relora_mora.config.lengths import with_counted_epochs
-from relora_mora.config.load import FINETUNING, config_of, read_tree
-from relora_mora.config.schema import Config, ModelConfig
-from relora_mora.config.shipped import MODELS, SETTINGS, find_config, shipped_files
+from relora_mora.config.registry import is_own, split_rule
+from relora_mora.config.schema import Config
+from relora_mora.experiments.planner.given import read_run
 from relora_mora.experiments.planner.step import Cluster, Step, step_of
-from relora_mora.model.config import check_length, read_model_config
 from relora_mora.optim.groups import count_parameters
 from relora_mora.optim.own import with_rule
 from relora_mora.sizing.fit import USABLE, check_adapters, choose_forms, uneven_widths
@@ -35,12 +28,6 @@ UTILIZATION = 0.4  # share of the peak while devices compute; no GPU has confirm
 PROCESS_BYTES = 0.45 * 2**30
 FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny runs (measured on two cores)
 LAYER_SECONDS = 1e-4  # 28 launches or more of some microseconds each (docs/performance.md)
-STEPS = 1000  # of a plan for a number of epochs
-# models that shipped tasks start from, and the shipped shapes that are nearest to them, with overrides
-_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-2-7b": ("llama_7b", {"vocab_size": 32000, "max_position_embeddings": 4096}),
-    "smollm2": ("llama_130m", {"vocab_size": 49152}),
-}
 
 Plan = dict[str, Any]
 
@@ -93,6 +80,11 @@ def plan_of(
         notes.append(
             "to make it fit: lower train.micro_batch_size, set model.activation_checkpointing or method.base=int8 "
             "(with adapters), or take more or larger devices"
+        )
+    if is_own(config.optim.matrices):
+        notes.append(
+            f"the memory of {split_rule(config.optim.matrices)[1]} is what its state_shapes say, and its work is "
+            "counted only if it has flops and workspace_bytes; measure some steps"
         )
     if not cluster.on_cpu:
         notes += uneven_widths(model_config)
@@ -158,61 +150,3 @@ def _resident(memory: Memory) -> float:
     at_start = PROCESS_BYTES + memory.weights + memory.masters + memory.host_base + memory.host_start
     in_training = PROCESS_BYTES + memory.device + memory.host_base + memory.host_checkpoint
     return max(at_start, FRAGMENTATION * in_training)
-
-
-def read_run(
-    given: str, overrides: Mapping[str, str], *, world_size: int, finetune: bool
-) -> tuple[Config, PreTrainedConfig, list[str]]:
-    """The settings, the model's config, and what the plan assumes, in words. Raises :class:`ConfigError`."""
-    path = find_config(given, (*SETTINGS, *MODELS))
-    finetune = finetune or path in shipped_files(["task"]).values()
-    notes = []
-    tree = read_tree(path)
-    if tree.keys() & {"model_type", "hidden_size"}:
-        tree = _run_of_model(path)
-        rank = tree["method"]["rank"]
-        notes.append(f"{given} is a model: this is ReMoRA of rank {rank} with the default settings, on any text")
-    config = config_of(tree, path, overrides, world_size, FINETUNING if finetune else None)
-    if config.train.epochs is not None:
-        notes.append(
-            f"train.epochs: a run counts its text at the start; this is {STEPS:,} steps, unless you give --train.steps"
-        )
-        config = with_counted_epochs(config, STEPS * config.tokens_per_step)
-    if config.model.new_tokens is not None:
-        from relora_mora.weights.vocabulary import with_vocabulary
-
-        config = with_vocabulary(config)
-    return config, _model_config(config, notes), notes
-
-
-def _run_of_model(path: Path) -> dict[str, Any]:
-    """Settings for a model's file: the defaults, as far as the model is large enough for them."""
-    model = read_model_config(ModelConfig(config=str(path)))
-    return {
-        "model": {"config": str(path)},
-        "tokenizer": {"path": "none"},
-        "data": {"train": "none", "validation": "none", "sequence_length": min(512, model.max_position_embeddings)},
-        "method": {"name": "remora", "rank": max(1, min(128, model.hidden_size // 4))},
-        "train": {"run_dir": f"runs/{path.stem}"},
-    }
-
-
-def _model_config(config: Config, notes: list[str]) -> PreTrainedConfig:
-    """The config of the run's model. Its weights need not be on this machine."""
-    settings = config.model
-    start = Path(str(settings.init_from))
-    if settings.config is None and start.name in _SHAPES and not start.exists():
-        name, changes = _SHAPES[start.name]
-        notes.append(f"{start} is not on this machine: this is with the shapes of {name}; --model.config names others")
-        settings = ModelConfig(config=str(find_config(name, MODELS)), overrides=changes | settings.overrides)
-    if settings.config is not None:
-        found = read_model_config(settings)
-    else:
-        from relora_mora.train.begin.start_adapter import check_start
-        from relora_mora.weights.load import model_config_of
-
-        check_start(config)
-        found = model_config_of(settings)
-    source = settings.config or str(start)
-    check_length(found, config.data.sequence_length, source, separate_documents=config.data.masks_documents)
-    return found

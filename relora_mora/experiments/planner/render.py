@@ -1,13 +1,18 @@
 """A plan as text for a terminal: an answer in three lines, or its tables. No line has more than 100 columns."""
 
 import textwrap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from relora_mora.experiments.planner.plan import Plan
 from relora_mora.sizing.fit import USABLE
+from relora_mora.sizing.memory import PARTS
 from relora_mora.system.hardware import host_memory_bytes
 
 COLUMNS = 100
+HOST = ("host_base", "host_checkpoint", "host_start")
+SENT = ("all_reduced", "reduced", "gathered", "exchanged", "sent")
+TIMES = ("compute", "optimizer", "network", "hidden", "seconds")
 
 
 def answer(plan: Plan) -> str:
@@ -50,13 +55,7 @@ def _sent(plan: Plan) -> str:
 
 def tables(plan: Plan) -> str:
     """The answer, and all numbers in tables with a column for each ZeRO stage."""
-    import pandas as pd
-
     names = ("method", "parameters", "flops", "matrices", "others", "optimizer_flops", "tokens_per_step", "assumption")
-    memory = pd.DataFrame(plan["memory"])
-    steps = pd.DataFrame(plan["steps"])
-    sizes = memory.drop("fits").astype(float) / 2**30
-    steps.loc["gradients":"sent"] /= 1e9
     leaves_out = (
         f"Memory leaves out the CUDA context, fragmentation and Python itself, so a run fits if it takes {USABLE:.0%} "
         "of a device. Time leaves out evaluations, checkpoints and merges."
@@ -64,10 +63,10 @@ def tables(plan: Plan) -> str:
     parts = [
         answer(plan),
         _lines([f"{name.replace('_', ' ')}: {_shown(plan[name])}" for name in (*names, "cluster")]),
-        f"GiB of a device in {'bf16' if plan['bf16'] else 'fp32'}, at the peak of a step, by ZeRO stage",
-        pd.concat([sizes.map("{:.3g}".format), memory.loc[["fits"]]]).to_string(),
-        "a step: GB of tensors, what a device sends, and seconds, by ZeRO stage",
-        steps.map("{:.3g}".format).to_string(),
+        f"GiB of a device in {'bf16' if plan['bf16'] else 'fp32'}, at the peak of a step",
+        _table(plan, "memory", dict.fromkeys((*PARTS, "device", *HOST), _gib) | {"phase": str}),
+        "a step: GB of tensors, what a device sends, and seconds",
+        _table(plan, "steps", dict.fromkeys(SENT, _gb) | dict.fromkeys(TIMES, "{:.3g}".format)),
         _lines([leaves_out]),
     ]
     return "\n\n".join(parts)
@@ -77,6 +76,19 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_shown(each)}" for key, each in value.items() if each)
     return value if isinstance(value, str) else f"{value:,}"
+
+
+def _table(plan: Plan, what: str, rows: Mapping[str, Callable[[Any], str]]) -> str:
+    """The rows that are not all zero, in a column for each stage."""
+    heads = [
+        f"{stage}{'*' * (stage == plan['zero_stage'])}{' too large' * (memory['fits'] is False)}"
+        for stage, memory in plan["memory"].items()
+    ]
+    cells = {"ZeRO stage (* in the settings)": heads}
+    for name, show in rows.items():
+        if any(values := [stage[name] for stage in plan[what].values()]):
+            cells[name.replace("_", " ")] = [*map(show, values)]
+    return "\n".join(name.ljust(32) + "".join(cell.rjust(17) for cell in row) for name, row in cells.items())
 
 
 def _lines(texts: list[str]) -> str:

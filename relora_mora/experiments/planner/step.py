@@ -55,13 +55,14 @@ class Cluster:
 class Step:
     """Bytes that a rank passes to collectives in a step, bytes that it ``sent`` in a ring for them, and seconds.
 
-    ``gradients``: their sum gets every rank, or at stage 3 only its owner.
+    ``all_reduced``: gradients whose sum every rank gets. ``reduced``: gradients whose sum only its owner gets.
     ``gathered``: weights that training waits for, after the step or, at stage 3, in forward and backward.
     ``exchanged``: the pieces of matrices that an optimizer needs whole, to their owners and back.
     ``hidden``: the seconds of ``network`` in which devices compute.
     """
 
-    gradients: float
+    all_reduced: float
+    reduced: float
     gathered: float
     exchanged: float
     sent: float
@@ -78,8 +79,8 @@ class Step:
 def step_of(model: PreTrainedModel, setup: Setup, cluster: Cluster, flops_per_token: float, rate: float) -> Step:
     """A step without evaluations and checkpoints; ``rate``: FLOP/s of a device while it computes.
 
-    The model may be on the meta device. In a ring of N ranks a device sends 2 (N - 1) / N of the gradients below stage
-    3, and (N - 1) / N of everything else.
+    The model may be on the meta device. In a ring of N ranks a device sends 2 (N - 1) / N of the all-reduced bytes, and
+    (N - 1) / N of the others.
     """
     stage, ranks = setup.stage, setup.world_size
     trained = count_parameters(model).trainable
@@ -103,7 +104,8 @@ def step_of(model: PreTrainedModel, setup: Setup, cluster: Cluster, flops_per_to
     if stage == 2 and setup.zero("overlap_comm", defaults.get("overlap_comm", False)):
         hidden = min(cluster.seconds_to_send(sent_gradients), BACKWARD_SHARE * compute)
     return Step(
-        gradients=gradients,
+        all_reduced=0 if stage == 3 else gradients,
+        reduced=gradients if stage == 3 else 0,
         gathered=gathered,
         exchanged=exchanged,
         sent=sent,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config.load import load_config
-from relora_mora.config.shipped import MODELS, shipped_files
+from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.measure import flops_per_token
 from tests.tools.commands import PLAN, call, refused
@@ -72,6 +72,7 @@ def test_an_answer_has_three_lines() -> None:
     [
         {"--gpus_per_node=3": "not a multiple of train.micro_batch_size 8 x 3 ranks"},
         {"--nodes=2": "--gpus_per_node: missing with --nodes=2"},
+        {"--link_gbits=10": "--link_gbits: a single host does not use its network"},
         {"--data.sequence_length=4096": "max_position_embeddings"},
         {"--method.rank=33": "", "--method.operators=[6]": "operator 6 needs an even R"},
         {
@@ -80,9 +81,9 @@ def test_an_answer_has_three_lines() -> None:
             "--method.base=fp8": "",
             "--method.base_products=true": "the results of fp8 products are in bf16; use train.precision=bf16",
         },
-        {"--device=h1000": "--device: got 'h1000'"},
         {
-            "--device=h100": "2 faults in ",
+            "--device=h1000": "--device: got 'h1000'",
+            "--nodes=2": "4 faults in the command line:",
             "--train.steps=-3": "train.steps: got -3",
             "--method.rnk=3": "rnk",
         },
@@ -95,8 +96,9 @@ def test_all_mistakes_of_a_command_line_are_reported(arguments: dict[str, str]) 
 NOTES = {
     "llama_tiny": "ReMoRA of rank 64",
     "llama_9m": "ReMoRA of rank 32",
+    "paper_tiny": "study of 35 runs",
     "math": "train.epochs",
-    "memory": "not on this machine",
+    "memory_tiny": "not on this machine",
     "mine": "ReMoRA of rank 64",
 }
 
@@ -105,7 +107,7 @@ NOTES = {
 def test_all_names_have_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: Collection[str]) -> None:
     monkeypatch.chdir(tmp_path)  # no text, tokenizer or weights are here
     shutil.copy(ROOT / "configs/model/llama_tiny.json", "mine")
-    names = {*shipped_files(["run", "task", *MODELS]), "mine"}
+    names = {*shipped_files([*SETTINGS, *MODELS]), "mine"}
     assert names > NOTES.keys()
     for name in only or names:
         if not only and name.startswith("paper_"):

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.distributed
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
 PHASES = ("between_steps", "between_micro_batches", "in_reduction", "after_backward")
 KINDS = {
-    "all_reduce": "gradients",
-    "reduce_scatter_tensor": "gradients",
+    "all_reduce": "all_reduced",
+    "reduce_scatter_tensor": "reduced",
     "all_gather_into_tensor": "gathered",
     "all_to_all_single": "exchanged",
 }
@@ -156,7 +156,7 @@ def test_a_step_holds_and_sends_what_is_planned(pools: Pools, case: Case) -> Non
     _, _, planned = case.planned()
     # weights are released in whole layers, so the plan is a bound
     least = 0.9 if "stage3_max_reuse_distance" in dict(case.zero) else 0.97
-    for kind in ("gradients", "gathered") if case.ranks > 1 else ():
+    for kind in ("all_reduced", "reduced", "gathered") if case.ranks > 1 else ():
         size = getattr(planned, kind)
         for rank in measured:
             # norms and flags take a few bytes, and partitions are padded
