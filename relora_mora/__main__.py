@@ -1,5 +1,6 @@
 """The command ``relora-mora``, also ``python -m relora_mora``. It finds the command by its name and runs it."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from typing import NoReturn
 
 from relora_mora import __version__
 from relora_mora.cli.arguments import without_local_rank
-from relora_mora.cli.command import USER_ERROR, run
+from relora_mora.cli.command import USER_ERROR, flush_output, run
 from relora_mora.cli.help import overview
 from relora_mora.commands import COMMANDS, NAMES, main_of
 from relora_mora.commands.pretrain import run_to_the_end
@@ -21,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command that the first argument names."""
     command, *words = without_local_rank(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h", "help"):
-        print(overview(PROGRAM, {title: {name: main_of(name) for name in names} for title, names in COMMANDS.items()}))
+        groups = {title: {name: main_of(name) for name in names} for title, names in COMMANDS.items()}
+        with contextlib.suppress(BrokenPipeError):  # such as of head
+            print(overview(PROGRAM, groups))
+            flush_output()
         raise SystemExit(0)
     if command == "--version":
         print(f"{PROGRAM} {__version__}")

@@ -91,7 +91,7 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
                 arguments = read_arguments(command, words, name)
                 result = command(*arguments.args, **arguments.kwargs)
             code = result if isinstance(result, int) else 0
-            _flush_output()
+            flush_output()
         except (Exception, KeyboardInterrupt) as error:
             # libraries turn a KeyboardInterrupt into errors of their own
             if received.is_set() or isinstance(error, KeyboardInterrupt):
@@ -103,7 +103,7 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
             else:
                 raise
             with contextlib.suppress(OSError):
-                _flush_output()
+                flush_output()
     raise SystemExit(code)
 
 
@@ -120,7 +120,7 @@ def _is_user_error(error: Exception, command: Command) -> bool:
     return ours and not isinstance(error, UnicodeError)
 
 
-def _flush_output() -> None:
+def flush_output() -> None:
     """Finds a full disk or a closed pipe now; the interpreter would find it when it exits and change the exit code."""
     if sys.stdout is None:  # it was closed before the start
         return

@@ -21,7 +21,10 @@ _VALUES = {int: "N", float: "X", str: "TEXT"}
 
 def overview(program: str, groups: Mapping[str, Mapping[str, Command]]) -> str:
     """The help of a program: its commands under headings, each with the first line of its docstring."""
-    blocks = [f"Usage: {program} COMMAND [ARGUMENTS]"]
+    blocks = [
+        f"Usage: {program} COMMAND [ARGUMENTS]",
+        "Trains language models with MoRA, ReMoRA, LoRA, or at full rank.",
+    ]
     for title, commands in groups.items():
         lines = (_entry(name, str(inspect.getdoc(command)).partition("\n")[0]) for name, command in commands.items())
         blocks.append("\n".join([f"{title}:", *lines]))

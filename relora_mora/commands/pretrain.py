@@ -44,7 +44,7 @@ def train(
     ``overrides`` and ``defaults`` are passed to :func:`load_config`. With ``show``, it prints that many rows of the
     training data instead.
     """
-    from relora_mora.config.load import load_config
+    from relora_mora.config.load import ConfigError, load_config
     from relora_mora.supervise.exits import FAILED, LOST
     from relora_mora.supervise.guard import Guard
     from relora_mora.supervise.launchers import check_environment
@@ -55,6 +55,9 @@ def train(
     rank, world_size = check_environment()
     guard = Guard(rank)  # before anything that takes time
     settings = load_config(config, overrides, world_size=world_size, defaults=defaults)
+    if defaults is not None and settings.model.init_from is None:
+        fault = "model.init_from: missing; name the folder of the model to fine-tune, or use relora-mora pretrain"
+        raise ConfigError([fault], config)
     if world_size == 1:  # several ranks do it after they have joined, so that all of them end
         check_files(settings)
     with many_imports():  # takes seconds, so all of the above is checked first

@@ -208,7 +208,7 @@ def _split_files(name: SetName, root: Path) -> list[str]:
     if name.split not in splits:
         raise SourceError(
             f"{source} has no split {name.split}; its splits are {', '.join(splits)}: "
-            f"name one as {name.place}:{name.config or ''}:{next(iter(splits))}"
+            f"name one as {name.place}:{name.config or ''}:{next(iter(splits))}, or give files such as {name.place}/*"
         )
     files = [Path(path).resolve() for path in splits[name.split]]
     home = root.resolve()

@@ -38,6 +38,7 @@ from tests.tools.each import each
         ("pretrain none.yaml --stepss=3", "2 faults in none.yaml and the command line"),
         ("pretrain tiny_mora --train.steps=[", "--train.steps=[: not YAML"),
         ("finetune tiny_mora --method.rank=-1", "method.rank: got -1"),
+        ("finetune tiny_mora", "model.init_from: missing"),
         ("plan tiny_mora --jsn", "--jsn: unknown; did you mean --json?"),
         ("train-tokenizer --data=d --out=o --vocab-sise=3", "--vocab_sise: unknown; did you mean --vocab_size?"),
         ("compare a --bst=optim.lr", "--bst: unknown; did you mean --best?"),

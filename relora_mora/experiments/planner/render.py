@@ -29,8 +29,9 @@ def _verdict(plan: Plan) -> str:
     device, stage = plan["cluster"]["device"], plan["zero_stage"]
     memory = plan["memory"][stage]
     if plan["resident"] is not None:
-        here = f"this host has {_gib(host_memory_bytes())} (for GPUs: --device=a100)"
-        return f"needs {_gib(plan['resident'])} GiB for each process; {here}"
+        fits = plan["resident"] * plan["cluster"]["devices_per_node"] <= host_memory_bytes()
+        here = f"this host has {_gib(host_memory_bytes())} GiB (for GPUs: --device=a100)"
+        return f"{'fits' if fits else 'does NOT fit'}: {_gib(plan['resident'])} GiB for each process; {here}"
     needed, name = _gib(memory["device"]), device["name"]
     if memory["fits"] is None:
         return f"needs {needed} GiB on each {name} at ZeRO {stage}; its memory is not known"
@@ -75,7 +76,7 @@ def tables(plan: Plan) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_shown(each)}" for key, each in value.items() if each)
-    return value if isinstance(value, str) else f"{value:,}"
+    return value if isinstance(value, str) else f"{value:,.{0 if value % 1 == 0 else 3}f}"
 
 
 def _table(plan: Plan, what: str, rows: Mapping[str, Callable[[Any], str]]) -> str:

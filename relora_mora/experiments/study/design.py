@@ -59,8 +59,11 @@ class Study(Strict):
 
 def read_study(path: str | Path) -> Study:
     """Reads a study's file. Raises :class:`ConfigError` with all its faults; the runs' settings are checked later."""
+    tree = read_tree(path)
+    if "train" in tree:
+        raise ConfigError(["train: these are the settings of a run; start it with relora-mora pretrain"], str(path))
     try:
-        study = Study.model_validate(read_tree(path))
+        study = Study.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error, Study), str(path)) from None
     choose = study.choose
