@@ -39,7 +39,7 @@ def ready_to_generate(
     """The model on this machine's device, which ends its answers as its export does, and its tokenizer."""
     own = load_tokenizer(tokenizer_of(source, tokenizer))
     lm = on_device(source, dtype)
-    if source.of_run:
+    if source.run is not None:
         lm.generation_config = generation_config(own, lm.config, source.run)
     return lm, own
 

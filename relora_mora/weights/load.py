@@ -73,8 +73,8 @@ class ModelSource:
     """A causal LM to score text with; ``read(dtype)`` reads its weights.
 
     ``tokenizer`` is the tokenizer's folder; ``data`` says how the training text was read.
-    ``checkpoint`` is the checkpoint of this trainer that the weights are from, and its step. ``of_run`` is also true
-    for an adapter on such weights; the model's config may then name other special tokens than the tokenizer.
+    ``checkpoint`` is the checkpoint of this trainer that the weights are from, and its step. ``run`` is its run, also
+    of an adapter on such weights; the model's config may then name other special tokens than the tokenizer.
     """
 
     read: Callable[[torch.dtype], PreTrainedModel]
@@ -83,12 +83,7 @@ class ModelSource:
     data: DataConfig
     description: str
     checkpoint: tuple[Path, int] | None = None
-    of_run: bool = False
-
-    @property
-    def run(self) -> RunFolder | None:
-        """The run of the checkpoint."""
-        return self.checkpoint and RunFolder.of(self.checkpoint[0])
+    run: RunFolder | None = None
 
     def data_settings(self, validation: Any, overrides: Mapping[str, str], *, own_tokenizer: bool = True) -> DataConfig:
         """Settings for reading held-out text: the settings of training, overridden by the command line.
@@ -175,5 +170,5 @@ def _whole_model(path: Path) -> ModelSource:
         stored_config(reader.manifest.config, str(reader.folder)).data,
         f"{reader.folder} (step {reader.manifest.step})",
         (reader.folder, reader.manifest.step),
-        of_run=True,
+        RunFolder.of(reader.folder),
     )

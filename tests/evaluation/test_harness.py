@@ -116,9 +116,10 @@ def test_a_tokenizer_or_task_that_does_not_fit_the_model_is_refused(model, data,
 
 
 def test_a_run_and_an_adapter_on_it_end_answers_as_their_exports(tmp_path, tokenizer_path):
-    """With the tokenizer's EOS, even if the model's config names another token."""
+    """With the tokenizer's EOS, even if the model's config names another token, and as the run's base for the rest."""
     lm = LlamaForCausalLM(LlamaConfig(**LLAMA | {"eos_token_id": 7}))
     checkpoint = write_checkpoint(checkpoint_at(tmp_path / "run", 5), lm, tokenizer_path)
+    RunFolder(tmp_path / "run").generation_config.write_text('{"top_k": 3}')
     export(checkpoint, tmp_path / "export")
     factors = {"A": torch.zeros(2, 24), "B": torch.zeros(24, 2)}
     adapter = write_adapter_folder(tmp_path / "adapter", {"base_model_name_or_path": str(checkpoint)}, **factors)
@@ -128,6 +129,7 @@ def test_a_run_and_an_adapter_on_it_end_answers_as_their_exports(tmp_path, token
     for given in (checkpoint, tmp_path / "export", adapter):
         ready, tokenizer = ready_to_generate(find_model(given), torch.float32)
         assert ready.generation_config.eos_token_id == tokenizer.eos_token_id != 7
+        assert ready.generation_config.top_k == 3
 
 
 def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
