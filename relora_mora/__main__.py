@@ -22,20 +22,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command that the first argument names."""
     command, *words = without_local_rank(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h", "help"):
-        groups = {title: {name: main_of(name) for name in names} for title, names in COMMANDS.items()}
-        with contextlib.suppress(BrokenPipeError):  # such as of head
-            print(overview(PROGRAM, groups))
-            flush_output()
-        raise SystemExit(0)
+        _show(overview(PROGRAM, {title: {name: main_of(name) for name in names} for title, names in COMMANDS.items()}))
     if command == "--version":
-        print(f"{PROGRAM} {__version__}")
-        raise SystemExit(0)
+        _show(f"{PROGRAM} {__version__}")
     if command not in NAMES:
         near = nearest(command, NAMES)
         remedy = f"did you mean {near}?" if near else f"the commands are {', '.join(NAMES)}"
         say(f"{command}: unknown command; {remedy}")
         raise SystemExit(USER_ERROR)
     start(command, words, name=f"{PROGRAM} {command}")
+
+
+def _show(text: str) -> NoReturn:
+    """Prints a text, of which a program such as head may read only a part."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text)
+        flush_output()
+    raise SystemExit(0)
 
 
 def start(command: str, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:

@@ -120,5 +120,5 @@ def _report(run: Path) -> None:
 Look at the curves:       {program} board {run}
 Score any text:           {program} evaluate {DEMO / "export"} --data='{DEMO}/data/validation/*.json.gz'
 Compare the methods:      {program} pretrain tiny_remora  # and tiny_full, tiny_lora, tiny_mora, tiny_relora;
-                          # give each --optim.matrices=muon, because Muon alone lowers the perplexity
+                          # tiny_remora has Muon, the others AdamW (--optim.matrices)
 Start again from nothing: rm -r {DEMO}""")

@@ -29,9 +29,10 @@ def _verdict(plan: Plan) -> str:
     device, stage = plan["cluster"]["device"], plan["zero_stage"]
     memory = plan["memory"][stage]
     if plan["resident"] is not None:
-        fits = plan["resident"] * plan["cluster"]["devices_per_node"] <= host_memory_bytes()
-        here = f"this host has {_gib(host_memory_bytes())} GiB (for GPUs: --device=a100)"
-        return f"{'fits' if fits else 'does NOT fit'}: {_gib(plan['resident'])} GiB for each process; {here}"
+        host = host_memory_bytes()
+        verdict = "fits" if plan["resident"] * plan["cluster"]["devices_per_node"] <= host else "does NOT fit"
+        here = f"this host has {_gib(host)} GiB (for GPUs: --device=a100)"
+        return f"{verdict}: {_gib(plan['resident'])} GiB for each process; {here}"
     needed, name = _gib(memory["device"]), device["name"]
     if memory["fits"] is None:
         return f"needs {needed} GiB on each {name} at ZeRO {stage}; its memory is not known"

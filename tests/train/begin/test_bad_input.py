@@ -44,7 +44,7 @@ def test_a_path_that_is_not_a_checkpoint(inputs, tmp_path):
         "file": "not a folder",
         "empty": "not a checkpoint (manifest.json: No such file or directory)",
         "run": "all checkpoints in it are damaged: ",
-        "x" * 300: "File name too long",
+        "x" * 300: "File name too long; give a shorter name",
     }.items():
         path = tmp_path / name
         refused(call(EVALUATE, path, f"--data={inputs}/validation/*.json.gz"), str(path), message)
