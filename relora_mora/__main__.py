@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from relora_mora import __version__
 from relora_mora.cli.arguments import without_local_rank
-from relora_mora.cli.command import USER_ERROR, flush_output, run
+from relora_mora.cli.command import USER_ERROR, flush_output
 from relora_mora.cli.help import overview
 from relora_mora.commands import COMMANDS, NAMES, main_of
 from relora_mora.commands.pretrain import run_to_the_end
@@ -46,8 +46,7 @@ def start(command: str, argv: Sequence[str] | None = None, *, name: str | None =
     if command == "tokenize":
         sys.modules["torch"] = None  # type: ignore[assignment] # else transformers imports it, which takes seconds
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    runner = run_to_the_end if command in ("pretrain", "finetune") else run
-    runner(main_of(command), argv, name=name)
+    run_to_the_end(main_of(command), argv, name=name)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def _show(config: "Config", count: int) -> int:
 
 
 def run_to_the_end(main: Callable[..., int], argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
-    """Runs ``main`` like :func:`run`, for a command that trains. The process exits here."""
+    """Runs ``main`` like :func:`run`. It does not wait for the end of libraries."""
     from relora_mora.supervise.exits import FAILED, leave_now
 
     try:

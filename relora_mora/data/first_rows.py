@@ -80,16 +80,17 @@ def _first(rows: Iterator[Any]) -> Iterator[Any]:
 
 
 def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
-    """Reads the first text of every lane in each stream of a mixture that ever has a weight; call it on one rank.
+    """Reads the first text of every lane, of a mixture in each source that ever has a weight; call it on one rank.
 
-    Without this check, a lane without text would only be noticed when its source is first used, perhaps days into the
-    run. Text that is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
+    A lane without text would only be noticed when the model is built, or when its source is first used, perhaps days
+    into the run. Text with a file for each lane is left to the first batch. Raises SourceError.
     """
     one_row = config.model_copy(update={"shuffle_documents": 1})
     weights = [{source.label: source.weight for source in config.train}, *(stage.weights for stage in config.stages)]
-    for name in mixture_names(config) if config.is_mixture else ():
+    for name in mixture_names(config):
         own = shards_of_source(shards, config, name)
-        if any(each[name] for each in weights) and packing_of(config, own) == "stream":
+        is_read = any(each[name] for each in weights) if config.is_mixture else len(own) < lanes
+        if is_read and packing_of(config, own) == "stream":
             parts = lane_parts(config, lanes, len(own))
             opened = [Lane(lane, parts[lane], own, one_row, lambda shard: list, eos=0) for lane in range(lanes)]
             with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers

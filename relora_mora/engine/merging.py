@@ -169,12 +169,11 @@ class Merger:
 
     def _check_adapters(self, step: int) -> None:
         names = [name for parameters in self.parameters.values() for name in parameters]
-        held, broken = self.engine.held(names)
-        held //= self.engine.copies
+        held = self.engine.elements_held(names)
         if held != self.elements:
             problem = f"the ranks hold {held} adapter elements, expected {self.elements}"
             raise _error(step, f"{problem}; nothing was merged")
-        if broken:
+        if broken := self.engine.not_finite(names):
             raise _error(step, f"the delta to merge is not finite ({', '.join(broken[:3])}); nothing was merged")
 
     def _merge_layer(self, name: str) -> Tensor:

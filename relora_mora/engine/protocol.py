@@ -68,19 +68,19 @@ class Engine(ABC):
     def refresh(self) -> None:
         """Makes the model compute with the values of :meth:`scatter`."""
 
-    @torch.no_grad()
-    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
-        """How many elements of these parameters all ranks hold together, and which have values that are not finite.
+    def elements_held(self, names: Sequence[str]) -> int:
+        """How many elements of these parameters all ranks hold together, each counted once."""
+        held = sum(part.numel() for name in names for part in self.parts(name))
+        return int(self.all_reduce(torch.tensor(held, dtype=torch.float64, device=self.device))) // self.copies
 
-        The host waits for the device once.
-        """
-        counts = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
-        for index, name in enumerate(names, start=1):
+    @torch.no_grad()
+    def not_finite(self, names: Sequence[str]) -> list[str]:
+        """Those of these parameters that have a value on some rank that is not finite."""
+        counts = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for index, name in enumerate(names):
             for part in self.parts(name):
-                counts[0] += part.numel()
                 counts[index] += ~part.isfinite().all()
-        elements, *bad = self.all_reduce(counts).tolist()
-        return int(elements), [name for name, count in zip(names, bad, strict=True) if count]
+        return [name for name, count in zip(names, self.all_reduce(counts).tolist(), strict=True) if count]
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in host memory; ``values`` is overwritten."""

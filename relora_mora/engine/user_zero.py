@@ -20,11 +20,11 @@ class UserZero(ZeroState):
 
     def __init__(self, lm: nn.Module, zero: Any, names: Sequence[str]) -> None:
         super().__init__(lm, zero, whole_shapes(lm), stage_of(zero))
-        held, _ = self.held(sorted(names))
+        held = self.elements_held(names)
         expected = sum(self.shapes[name].numel() for name in names)
-        if held // self.copies != expected:
+        if held != expected:
             raise ValueError(
-                f"DeepSpeed's optimizer trains {held // self.copies:,} of {expected:,} adapter elements; "
+                f"DeepSpeed's optimizer trains {held:,} of {expected:,} adapter elements; "
                 "call attach() before deepspeed.initialize(), and make the optimizer from parameter_groups()"
             )
         flats = {id(flat) for flat in self.flats(set(names))}

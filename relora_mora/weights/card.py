@@ -21,6 +21,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 CARD = "README.md"
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)")  # the folder of a model in the hub's cache
 _OF_TRAINING = ("data.document_mask", "data.packing", "data.seed", "train.epochs", "train.precision", "train.seed")
+_FIGURES = {"tokens": ",", "perplexity": ",.2f", "bits_per_byte": ".4f"}  # of an evaluation, and how they are shown
 _LICENSE = "none is chosen yet: name one that the base model and the data allow, here and in the header"
 
 
@@ -76,12 +77,11 @@ def _figures(run: RunFolder, step: int) -> Iterator[str]:
     last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("eval/") for k in line)), {})
     names = [key.removesuffix("perplexity") for key in last if re.fullmatch("eval/(.+/)?perplexity", key)]
     if names:
-        yield f"## Held-out text at step {last['step']}\n\n| text | perplexity | bits per byte |\n|---|---|---|\n"
+        yield f"## Held-out text at step {last['step']}\n\n"
+        yield f"| text | {' | '.join(_FIGURES).replace('_', ' ')} |\n{'|---' * (1 + len(_FIGURES))}|\n"
         for name in names:
-            bits = last.get(f"{name}bits_per_byte")
-            shown = "" if bits is None else f"{bits:.4f}"
-            text = name.removeprefix("eval/").rstrip("/") or "all"
-            yield f"| {text} | {last[f'{name}perplexity']:,.2f} | {shown} |\n"
+            cells = (f"{last[tag]:{spec}}" if (tag := f"{name}{key}") in last else "" for key, spec in _FIGURES.items())
+            yield f"| {name.removeprefix('eval/').rstrip('/') or 'all'} | {' | '.join(cells)} |\n"
         yield "\n"
 
 

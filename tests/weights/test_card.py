@@ -31,15 +31,14 @@ def test_a_card_has_the_figures_of_the_run_folder_and_no_others(run: Path, tmp_p
     assert "# license:" in text and "**License:**" in text
     rewrite_manifest(checkpoint_at(run, 5), lambda values: values["counters"].update(tokens=40960))
     (run / "starts.jsonl").write_text(json.dumps({"parameters": {"total": 4321, "trainable": 321}}) + "\n")
-    lines = [
-        {"step": step, "eval/a/perplexity": 100 - step, "eval/a/bits_per_byte": 1 / (1 + step)} for step in (0, 4, 9)
-    ]
+    metrics = {"eval/a/tokens": 4096, "eval/a/bits_per_byte": 0.2}
+    lines = [{"step": step, "eval/a/perplexity": 100 - step, **metrics} for step in (0, 4, 9)]
     (run / "metrics.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, lines))))
     export(run, tmp_path / "out")
     text, _ = card_of(tmp_path / "out")
     assert "| parameters | 4,321, of which 321 trained |" in text
     assert "| training text seen | 40,960 tokens |" in text
-    assert "at step 4" in text and "| a | 96.00 | 0.2000 |\n\n" in text, "not of step 9, which came later"
+    assert "at step 4" in text and "| a | 4,096 | 96.00 | 0.2000 |\n\n" in text, "not of step 9, which came later"
 
 
 def test_a_card_names_base_and_text_without_secrets_or_paths(

@@ -74,6 +74,7 @@ def plan_of(
     tokens_per_second = measured or config.tokens_per_step / step.seconds
     if measured:
         share = measured * arithmetic.flops / (cluster.world_size * peak)
+    found = "the peak, which was measured just now" if source.startswith("measured") else "the peak"
     unconfirmed = "" if measured or utilization or cluster.on_cpu else ", which no GPU has confirmed"
     notes += remarks(config)
     if too_large and not any(fits.values()):
@@ -114,7 +115,7 @@ def plan_of(
         "tokens": tokens,
         "tokens_per_second": tokens_per_second,
         "seconds": tokens / tokens_per_second,
-        "basis": "as measured" if measured else f"at {share:.0%} of the peak",
+        "basis": "as measured" if measured else f"at {share:.0%} of {found}",
         "assumption": f"{share:.1%} of {peak / 1e12:.4g} TFLOP/s a device ({source}){unconfirmed}",
         "notes": notes,
     }

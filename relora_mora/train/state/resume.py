@@ -110,9 +110,10 @@ def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
     faults = [*(change.text for change in changes), *_contradictions(manifest, config)]
     if faults:
         lines = [f"{checkpoint}: made with other settings:", *(f"  - {fault}" for fault in faults)]
-        if permissions := sorted({change.permission for change in changes if change.permission is not None}):
-            lines.append(f"to allow these changes: '--train.allow_changes=[{','.join(permissions)}]'")
-        lines.append("or give another --train.run_dir, which begins a new run")
+        permissions = [change.permission for change in changes if change.permission is not None]
+        if len(permissions) == len(faults):
+            lines.append(f"to allow these changes: '--train.allow_changes=[{','.join(sorted({*permissions}))}]'")
+        lines.append("or put them back, or give another --train.run_dir, which begins a new run")
         raise CheckpointError("\n".join(lines))
     for name, began in other_weights(checkpoint, config.model).items():
         log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, checkpoint)

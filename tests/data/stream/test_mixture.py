@@ -141,10 +141,10 @@ def test_every_lane_needs_a_text_in_each_source_that_ever_has_a_weight(folder, t
     write_shard(tmp_path / f"few{suffix}", some_texts(3))
     write_shard(tmp_path / f"gap{suffix}", [*some_texts(3), "" if suffix == ".parquet" else b" "])
 
-    def check(name, lanes, weight=1.0, **settings):
+    def check(name, lanes, weight=1.0, plain=False, **settings):
         place = server.url if served else tmp_path
         few = {"source": f"{place}/{name}{suffix}", "weight": weight}
-        config = data_config([*_records(folder), few], **settings)
+        config = data_config(few["source"] if plain else [*_records(folder), few], **settings)
         check_lanes(configured_shards(config, "train"), config, lanes)
 
     message = rf"lane 3 found no text in .*few\{suffix}: there are fewer documents than lanes, .* source few to 0"
@@ -153,8 +153,9 @@ def test_every_lane_needs_a_text_in_each_source_that_ever_has_a_weight(folder, t
         check("few", 3)
         with pytest.raises(SourceError, match=message):
             check("few", 4)
-        with pytest.raises(SourceError, match="lane 3 found no text"):
-            check("gap", 4)
+        for plain in (True, False):
+            with pytest.raises(SourceError, match="lane 3 found no text"):
+                check("gap", 4, plain=plain)
         check("few", 4, weight=0.0, stages=[{"from_step": 9, "weights": {**weights, "few": 0.0}}])
         with pytest.raises(SourceError, match=message):
             check("few", 4, weight=0.0, stages=[{"from_step": 9, "weights": {**weights, "few": 0.1}}])
