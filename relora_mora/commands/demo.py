@@ -119,6 +119,5 @@ def _report(run: Path) -> None:
     print(f"""
 Look at the curves:       {program} board {run}
 Score any text:           {program} evaluate {DEMO / "export"} --data='{DEMO}/data/validation/*.json.gz'
-Compare the methods:      {program} pretrain tiny_remora  # and tiny_full, tiny_lora, tiny_mora, tiny_relora;
-                          # tiny_remora has Muon, the others AdamW (--optim.matrices)
+Compare the methods:      {program} pretrain tiny_remora  # and tiny_full, tiny_lora, all three with Muon
 Start again from nothing: rm -r {DEMO}""")
