@@ -1,8 +1,7 @@
 """The files that a run goes through: ``python -m tests.tools.trace SETTINGS --SECTION.KEY=VALUE ...``.
 
-Prints those that the main thread enters from ``pretrain()`` to the first step, with the number of places in an upper
-room that a lower one returns to, and those that the first batch comes through, with data.workers=0. A call from the
-same line to the same function counts once.
+Prints how many the main thread enters from ``pretrain()`` to the first step, and how many places another room returns
+to; and, with data.workers=0, those that the first batch comes through. A call from a line to a function counts once.
 """
 
 import sys
@@ -10,9 +9,6 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-ROOMS = "system config distributed kernels cli supervise operators schedule tokenizer adapters data model optim sizing "
-ROOMS += "engine library checkpoint weights evaluation train"  # from the lowest on
 
 
 def trace(settings: str, *changes: str) -> None:
@@ -49,14 +45,10 @@ def trace(settings: str, *changes: str) -> None:
         relora_mora.train.pretrain.pretrain(config)
     except KeyboardInterrupt:
         sys.setprofile(None)
-    rooms = ROOMS.split()
-    level = {name: rooms.index(name.partition("/")[0].removesuffix(".py")) for _, _, name, _ in calls}
-    returns = Counter(caller for caller, _, called, _ in calls if level.get(caller, 0) > level[called])
-    back = sum(level.get(caller, len(rooms)) < level[called] for caller, _, called, _ in calls)
-    print(
-        f"{len(level)} files; {returns.total()} returns to an upper room, {returns['train/pretrain.py']} of them to "
-        f"train/pretrain.py; {back} calls from a lower room into an upper one"
-    )
+    files = {called for _, _, called, _ in calls}
+    returns = Counter(caller for caller, _, called, _ in calls if caller.split("/")[0] != called.split("/")[0])
+    own = returns["train/pretrain.py"]
+    print(f"{len(files)} files; another room returns to {returns.total()} places, {own} of them in train/pretrain.py")
     print(f"a batch comes through {len(batch)} files:", *sorted(batch))
 
 

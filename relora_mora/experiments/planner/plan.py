@@ -74,7 +74,7 @@ def plan_of(
     tokens_per_second = measured or config.tokens_per_step / step.seconds
     if measured:
         share = measured * arithmetic.flops / (cluster.world_size * peak)
-    found = "the peak, which was measured just now" if source.startswith("measured") else "the peak"
+    found = "the peak measured now" if source.startswith("measured") else "the peak"
     unconfirmed = "" if measured or utilization or cluster.on_cpu else ", which no GPU has confirmed"
     notes += remarks(config)
     if too_large and not any(fits.values()):
