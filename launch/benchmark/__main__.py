@@ -3,8 +3,7 @@
 import importlib
 import sys
 
-from relora_mora.cli.command import run
-from relora_mora.supervise.exits import leave_now
+from relora_mora.commands.pretrain import run_to_the_end
 from relora_mora.system.process import many_imports
 
 KINDS = ("steps", "layers")
@@ -16,7 +15,7 @@ USAGE = f"""usage: python -m launch.benchmark {" | ".join(KINDS)} ...    (KIND -
 
 
 def main() -> None:
-    """Runs one kind of benchmark and exits, as :func:`relora_mora.cli.command.run` does."""
+    """Runs one kind of benchmark and exits."""
     arguments = sys.argv[1:]
     # DeepSpeed's launcher puts its --local_rank before the kind
     kind = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -27,13 +26,9 @@ def main() -> None:
     arguments.remove(kind)
     with many_imports():
         module = importlib.import_module(f"launch.benchmark.{kind}")
-    run(module.main, arguments, name=f"python -m launch.benchmark {kind}")
+    # an ordinary exit may abort one of several ranks after its work is done
+    run_to_the_end(module.main, arguments, name=f"python -m launch.benchmark {kind}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SystemExit as end:
-        if isinstance(end.code, int):
-            leave_now(end.code)  # otherwise one of several ranks may abort after its work is done
-        raise
+    main()
