@@ -3,7 +3,9 @@
 import contextlib
 import io
 import shlex
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -124,6 +126,7 @@ def _answer(line: str) -> Answer:
     if command in NAMES:
         return call(command, *words)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+    stays = mock.patch("relora_mora.supervise.exits.leave_now", sys.exit)
+    with stays, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
         main([command, *words])
     return Answer(int(end.value.code or 0), out.getvalue(), err.getvalue())
