@@ -38,8 +38,9 @@ def test_all_ranks_end_with_the_error_of_those_whose_data_failed():
 
 
 def test_too_little_text_is_reported_before_the_first_evaluation(runs, pools, tmp_path):
-    write_shard(tmp_path / "a.json.gz", [b'{"text": "the rank"}'])
-    settings = {"data": {"train": str(tmp_path / "a.json.gz")}, "eval": {"at_start": True}}
+    for number in range(8):  # a file for each lane, which the first batch opens
+        write_shard(tmp_path / f"{number}.json.gz", [b'{"text": "the rank"}' if number else b'{"text": ""}'])
+    settings = {"data": {"train": str(tmp_path / "*.json.gz")}, "eval": {"at_start": True}}
     [(kind, text)] = pools(1)(ended, runs.config(tmp_path / "run", **settings))
     assert kind == "DataError"
     assert "there are fewer documents than lanes" in text
