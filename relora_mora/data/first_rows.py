@@ -47,7 +47,7 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
             first = rows.take(_FIRST_ROWS)
             if len(first) < _FIRST_ROWS:
                 rows.take(1)  # reaches the end, where the file is checked as a whole
-            if first and rows.bad == len(first):
+            if rows.bad == len(first) > config.max_bad_fraction * len(first):
                 raise rows.fault()
 
 
