@@ -163,6 +163,7 @@ def test_a_file_in_a_store_that_changes_is_refused_and_has_another_fingerprint(s
     "name,error,said",
     [
         ("memory://bucket/gone.jsonl", None, r"memory://bucket/gone\.jsonl: the store has no such file"),
+        ("memory://bucket/folder", None, r"folder: the store has no such file; .* name files"),
         ("nowhere://bucket/a.jsonl", None, r"nowhere:// cannot be read \(Protocol not known"),
         ("s9://bucket/a.jsonl", None, r"s9:// cannot be read \(Install s9fs\)"),
         ("memory://bucket/a.jsonl", PermissionError("key"), "access denied; check the store's login"),
@@ -171,6 +172,7 @@ def test_a_file_in_a_store_that_changes_is_refused_and_has_another_fingerprint(s
 )
 def test_what_is_wrong_with_a_store_is_named_with_a_remedy(store, monkeypatch, name, error, said):
     monkeypatch.setitem(known_implementations, "s9", {"class": "s9fs.S9", "err": "Install s9fs"})
+    store.pipe("/bucket/folder/a.jsonl", b"")
     if error is not None:
         monkeypatch.setattr(MemoryFileSystem, "info", Mock(side_effect=error))
     with pytest.raises(SourceError, match=said):
