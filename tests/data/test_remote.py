@@ -1,6 +1,7 @@
 """Over http and in stores a fault that passes changes no byte, and a fault that stays is one clear error."""
 
 import random
+import threading
 import time
 from contextlib import closing
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from fsspec.registry import known_implementations
 from relora_mora.data import network
 from relora_mora.data.content import content_of, with_versions
 from relora_mora.data.errors import SourceError
+from relora_mora.data.first_rows import check_columns
 from relora_mora.data.network import RETRIES, BlockFile, TransientError, retrying
 from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
@@ -157,6 +159,21 @@ def test_a_file_in_a_store_that_changes_is_refused_and_has_another_fingerprint(s
     assert content_of(before) != content_of(with_versions(shards, 1.0))
     with pytest.raises(SourceError, match=r"a\.jsonl changed while it was read"):
         open_rows(data_config("memory://bucket/a.jsonl"), before[0])
+
+
+def test_the_first_rows_of_several_folders_are_asked_for_at_the_same_time(store, monkeypatch):
+    urls = [f"memory://bucket/{month}/a.jsonl" for month in range(2)]
+    for url in urls:
+        store.pipe(url, b'{"text": "a"}\n')
+    both = threading.Barrier(2)
+    cat_file = MemoryFileSystem.cat_file
+
+    def together(*given, **named):
+        both.wait(20)
+        return cat_file(*given, **named)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", together)
+    check_columns(resolve_shards(urls), data_config(urls))
 
 
 @each(
