@@ -39,7 +39,7 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     """
     samples = {
         (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
-        for shard in shards
+        for shard in sorted(shards, key=lambda shard: shard.size or 0)  # the largest, since some may be empty
         if not shard.tokens and shard.format is not TEXT
     }
 
