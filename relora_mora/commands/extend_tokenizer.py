@@ -86,7 +86,7 @@ def main(
 def _lines(path: Path) -> list[str]:
     """The pieces in a file, each once."""
     try:
-        pieces = [line for line in dict.fromkeys(path.read_text(encoding="utf-8").splitlines()) if line.strip()]
+        pieces = [line for line in dict.fromkeys(path.read_text(encoding="utf-8-sig").splitlines()) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"--list: cannot read {path} ({error}); give a text file") from error
     if not pieces:

@@ -85,8 +85,10 @@ def sampled(data: str, overrides: Mapping[str, str], *, max_documents: int, max_
     with Bar("reading the text", "document", after=0.0) as bar:
         documents, read = sample(bar.over(islice(texts, max_documents or None)), max_bytes=max_bytes, seed=seed)
     if not documents:
-        reason = "it has no text" if not read else f"none of its {read:,} documents fits --max_bytes={max_bytes}"
-        raise TokenizerError(f"{data}: {reason}; give a source with text")
+        fault = "it has no text; give a source with text"
+        if read:
+            fault = f"none of its {read:,} documents fits --max_bytes={max_bytes}; raise it"
+        raise TokenizerError(f"{data}: {fault}")
     size = sum(len(text.encode()) for text in documents)
     print(f"training on {len(documents):,} of the {read:,} documents read, {size / 1e6:,.1f} MB", flush=True)
     return documents

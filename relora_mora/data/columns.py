@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.errors import Skipped, SourceError, too_long, unreadable
+from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError, too_long, unreadable
 from relora_mora.data.rows import Content, Encoded, JudgedRows, TokenIds, share_of
 from relora_mora.data.shard import ARROW, PARQUET, Shard
 from relora_mora.data.tokens.index import COMMAND
@@ -267,7 +267,10 @@ class MappedTokens:
 
 
 class TokenRows(JudgedRows):
-    """The rows of a file of tokens. Their bad rows were judged when the tokens were made, so they are only counted."""
+    """The rows of a file of tokens. Their bad rows were judged when the tokens were made, so they are only counted.
+
+    As in the text, these do not include records that could not be tokenized.
+    """
 
     def open(self) -> None:
         self.file.close()  # it was compared with the start; pyarrow opens the file itself
@@ -284,7 +287,7 @@ class TokenRows(JudgedRows):
         return ((number + 1, self._tokens.row(number)) for number in self._own[self._next :])
 
     def _count(self, number: int, skipped: Skipped) -> None:
-        self.bad += 1
+        self.bad += skipped.reason not in ENCODING_REASONS
 
 
 def open_tokens(shard: Shard) -> MappedTokens:

@@ -39,16 +39,20 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     """
     samples = {
         (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
-        for shard in shards
+        for shard in sorted(shards, key=lambda shard: shard.size or 0)  # the largest, since some may be empty
         if not shard.tokens and shard.format is not TEXT
     }
-    for shard in samples.values():
+
+    def check(shard: Shard) -> None:
         with closing(open_rows(config, shard, note=_ignore)) as rows:
             first = rows.take(_FIRST_ROWS)
             if len(first) < _FIRST_ROWS:
                 rows.take(1)  # reaches the end, where the file is checked as a whole
-            if first and rows.bad == len(first):
+            if rows.bad == len(first) > config.max_bad_fraction * len(first):
                 raise rows.fault()
+
+    with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers, and a set may have many folders
+        list(threads.map(check, samples.values()))
 
 
 def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:

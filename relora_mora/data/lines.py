@@ -25,6 +25,7 @@ BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 _REST_BYTES = 1 << 16  # of a line that is too long, at a time
 _SHOWN = 40  # how much of a bad line a message shows
 _ARRAY = re.compile(rb"\s*\[\s*\{")
+_NUL = Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
 
 
 class LineRows(JudgedRows):
@@ -133,7 +134,7 @@ def _joined(lines: Iterable[Line], limit: int) -> Line:
 def read_document(entry: bytes) -> str | Skipped:
     """The text of a document. A NUL byte is a sign of UTF-16 or of no text at all."""
     if b"\0" in entry:
-        return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
+        return _NUL
     try:
         text = entry.decode().removeprefix("\ufeff")  # the codec utf-8-sig is slow
     except UnicodeDecodeError:
@@ -152,6 +153,8 @@ def csv_rows(lines: Iterator[Line], limit: int, shard: Shard) -> Iterator[dict[s
     header = next((row for row in rows if row != []), None)
     if header is None:
         return
+    if not isinstance(header, Skipped) and "\0" in "".join(header):
+        header = _NUL
     if isinstance(header, Skipped):
         raise SourceError(f"{shard.label}: its header {header.detail or BAD_REASONS[header.reason]}; repair or drop it")
     names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in header]
@@ -169,7 +172,7 @@ def csv_rows(lines: Iterator[Line], limit: int, shard: Shard) -> Iterator[dict[s
 def _checked(fields: dict[str, str]) -> dict[str, str] | Skipped:
     text = "".join(fields.values())
     if "\0" in text:
-        return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
+        return _NUL
     try:
         text.encode()
     except UnicodeEncodeError:

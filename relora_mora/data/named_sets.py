@@ -200,6 +200,7 @@ def _split_files(name: SetName, root: Path) -> list[str]:
     them which ``datasets`` leaves out, as it does with those of another format than most.
     """
     source = name.source
+    root = root.resolve()  # datasets needs its name, which "." lacks
     if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
         raise SourceError(f"{source} was written by save_to_disk; give its files, such as {name.place}/*.arrow")
     splits = _splits(name, root)
@@ -211,14 +212,13 @@ def _split_files(name: SetName, root: Path) -> list[str]:
             f"name one as {name.place}:{name.config or ''}:{next(iter(splits))}, or give files such as {name.place}/*"
         )
     files = [Path(path).resolve() for path in splits[name.split]]
-    home = root.resolve()
-    if not all(file.is_relative_to(home) for file in files):
+    if not all(file.is_relative_to(root) for file in files):
         raise SourceError(f"{source}: its README names files outside of it; give the files by path")
     taken = {Path(path).name for path in itertools.chain(*splits.values())}
     others = [path.name for path in files[0].parent.iterdir() if format_of(path.name) and path.name not in taken]
     if others and name.config is None:
         log.warning("%s: datasets leaves out %s; name files to read with data_files", source, min(others))
-    return sorted(file.relative_to(home).as_posix() for file in files)
+    return sorted(file.relative_to(root).as_posix() for file in files)
 
 
 def _splits(name: SetName, root: Path) -> Mapping[str, Sequence[str]]:

@@ -328,6 +328,8 @@ def _asking_store(shard: Shard) -> Ask:
     def described() -> tuple[int, str]:
         store.invalidate_cache()
         info = store.info(path)
+        if info.get("type") == "directory":
+            raise IsADirectoryError
         etag, date = (next((str(info[key]) for key in keys if info.get(key)), None) for keys in (_ETAGS, _DATES))
         return info["size"], etag or f"{date} {info['size']}"
 
@@ -337,8 +339,11 @@ def _asking_store(shard: Shard) -> Ask:
                 end = min(end, described()[0])
             block = bytes(store.cat_file(path, start=start, end=end)) if start < end else b""
             return block, *described()  # of the file after it was read
-        except FileNotFoundError as error:
-            raise SourceError(f"{shard.name}: the store has no such file; check the address") from error
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise SourceError(
+                f"{shard.name}: the store has no such file; check the address, and name files, with ranges such as "
+                "{000..127} and without *"
+            ) from error
         except PermissionError as error:
             raise SourceError(f"{shard.name}: access denied; check the store's login and who may read it") from error
         except Exception as error:  # as above

@@ -19,6 +19,7 @@ from tests.tools.data_tools import (
     epoch_tokens,
     line,
     make_lane,
+    resolve_shards,
     rows_of,
     some_texts,
     write_shard,
@@ -91,6 +92,10 @@ def test_shards_without_text_between_good_ones(tmp_path):
     assert any(note.startswith("page.json.gz: line 2 is not JSON (Expecting value:") for note in lane.notes)
     with pytest.raises(SourceError, match=r"page\.json\.gz: 11 of \d+ lines are bad"):
         epoch_tokens(_lane(paths, max_bad_fraction=0.01))
+    page = resolve_shards([str(write_shard(tmp_path / "page.json", [b"<br>"] * 50)), paths[2]])
+    check_columns(page, data_config("unused", max_bad_fraction=1.0))
+    with pytest.raises(SourceError, match="16 of 16 lines are bad"):
+        check_columns(page, data_config("unused", max_bad_fraction=0.5))
 
 
 @each("suffix", [".json", ".json.gz", ".parquet", ".arrow"])

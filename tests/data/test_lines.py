@@ -196,7 +196,7 @@ def test_the_header(tmp_path, bom, head):
         (b"id,body,url\n", 'has no column "text"; set data.text_column to one of id, body, url'),
         ("größe,x\n".encode(), 'has no column "text"; set data.text_column to one of größe, x'),
         (b"text,id,text\n", 'has 2 columns "text"; set data.text_column to one of text, id, text'),
-        ("id,text\n".encode("utf-16"), 'has no column "text"; set data.text_column to one of'),
+        ("id,text\n".encode("utf-16"), "its header holds a NUL byte, as UTF-16 does; repair or drop it"),
         (b"id;text\n", 'has no column "text"; set data.text_column to one of id;text'),
         (b'"text\n', "its header is not CSV; repair or drop it"),
     ],

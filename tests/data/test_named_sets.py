@@ -79,14 +79,15 @@ def test_configurations_and_splits_by_name(tmp_path, hub):
     assert all(headers["authorization"] == "Bearer hf_secret" for path, headers in hub.requests if "/tree/" in path)
 
 
-def test_a_folder_without_a_card_has_the_splits_in_its_file_names(tmp_path):
+def test_a_folder_without_a_card_has_the_splits_in_its_file_names(tmp_path, monkeypatch):
     for split in ("train", "validation"):
         write_shard(tmp_path / "plain" / "data" / f"{split}-00000-of-00001.parquet", [split])
     place = str(tmp_path / "plain")
     assert (texts_of(place), texts_of(place, "validation")) == (["train"], ["validation"])
     write_shard(tmp_path / "flat" / "b.jsonl", ["b"])
     write_shard(tmp_path / "flat" / "a.jsonl", ["a"])
-    assert texts_of(str(tmp_path / "flat")) == ["a", "b"]
+    monkeypatch.chdir(tmp_path / "flat")
+    assert texts_of(str(tmp_path / "flat")) == texts_of(".") == ["a", "b"]
     with pytest.raises(SourceError, match=r"flat has no split validation; .* train: name one as .*/flat::train"):
         resolve_shards(str(tmp_path / "flat"), split="validation")
 

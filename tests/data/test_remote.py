@@ -1,6 +1,7 @@
 """Over http and in stores a fault that passes changes no byte, and a fault that stays is one clear error."""
 
 import random
+import threading
 import time
 from contextlib import closing
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from fsspec.registry import known_implementations
 from relora_mora.data import network
 from relora_mora.data.content import content_of, with_versions
 from relora_mora.data.errors import SourceError
+from relora_mora.data.first_rows import check_columns
 from relora_mora.data.network import RETRIES, BlockFile, TransientError, retrying
 from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
@@ -159,10 +161,19 @@ def test_a_file_in_a_store_that_changes_is_refused_and_has_another_fingerprint(s
         open_rows(data_config("memory://bucket/a.jsonl"), before[0])
 
 
+def test_the_first_rows_of_several_folders_are_asked_for_at_the_same_time(store, monkeypatch):
+    urls = ["memory://bucket/1/a.jsonl", "memory://bucket/2/a.jsonl"]
+    store.pipe(dict.fromkeys(urls, b'{"text": "a"}\n'))
+    both = threading.Barrier(2)
+    monkeypatch.setattr(BlockFile, "readinto", lambda *_: both.wait(20) and 0)
+    check_columns(resolve_shards(urls), data_config(urls))
+
+
 @each(
     "name,error,said",
     [
         ("memory://bucket/gone.jsonl", None, r"memory://bucket/gone\.jsonl: the store has no such file"),
+        ("memory://bucket/folder", None, r"folder: the store has no such file; .* name files"),
         ("nowhere://bucket/a.jsonl", None, r"nowhere:// cannot be read \(Protocol not known"),
         ("s9://bucket/a.jsonl", None, r"s9:// cannot be read \(Install s9fs\)"),
         ("memory://bucket/a.jsonl", PermissionError("key"), "access denied; check the store's login"),
@@ -171,6 +182,7 @@ def test_a_file_in_a_store_that_changes_is_refused_and_has_another_fingerprint(s
 )
 def test_what_is_wrong_with_a_store_is_named_with_a_remedy(store, monkeypatch, name, error, said):
     monkeypatch.setitem(known_implementations, "s9", {"class": "s9fs.S9", "err": "Install s9fs"})
+    store.pipe("/bucket/folder/a.jsonl", b"")
     if error is not None:
         monkeypatch.setattr(MemoryFileSystem, "info", Mock(side_effect=error))
     with pytest.raises(SourceError, match=said):

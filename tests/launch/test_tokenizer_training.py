@@ -75,6 +75,6 @@ def test_training_program(tmp_path: Path) -> None:
     assert vocabulary_size(load_tokenizer(out)) == 700
     refused(call(TRAIN, data, f"--out={out}"), "exists and is not empty")
     other = f"--out={tmp_path / 'other'}"
-    refused(call(TRAIN, data, other, "--max_bytes=5"), "documents fits --max_bytes=5")
+    refused(call(TRAIN, data, other, "--max_bytes=5"), "documents fits --max_bytes=5; raise it")
     few = call(TRAIN, f"--data=[{tmp_path}/text.json.gz]", other, "--vocab_size=420", "--max_documents=3")
     assert "training on 3 of the 3 documents read" in few.out

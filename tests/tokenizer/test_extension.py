@@ -103,7 +103,7 @@ def test_the_command_prints_what_it_saved(tmp_path):
     assert answer.code == 0, answer.err
     assert "10 new tokens, 288 token ids" in answer.out
     assert "--model.new_tokens" in answer.out
-    (tmp_path / "list.txt").write_text("hepatocyte\n\n hepatocyte\nhepatocyte\n")
+    (tmp_path / "list.txt").write_text("\ufeffhepatocyte\n\n hepatocyte\nhepatocyte\n")
     answer = call(EXTEND, folder, tmp_path / "listed", f"--data={data}", f"--list={tmp_path}/list.txt")
     assert answer.code == 0, answer.err
     assert "before" in answer.out

@@ -160,12 +160,14 @@ class ChatTemplate(NamedTuple):
             return ChatTemplate(tokenizer, chatml(tokenizer), name)
         text = record_format.template
         if text is None:
-            if tokenizer.chat_template is None:
+            own: Any = tokenizer.chat_template
+            text = own.get("default") if isinstance(own, dict) else own  # some have several
+            if text is None:
                 raise SourceError(
-                    f"{tokenizer.name_or_path} has no chat template; set data.records.template to chatml or a .jinja "
-                    "file"
+                    f"{tokenizer.name_or_path} has no chat template, or several and no default; "
+                    "set data.records.template to chatml or a .jinja file"
                 )
-            text = str(tokenizer.get_chat_template())
+            text = str(text)
         if record_format.settings.score == "answers" and not _MARK.search(text):
             raise SourceError(
                 f"{name} does not mark answers ({{% generation %}} ... {{% endgeneration %}}), so nothing would be "

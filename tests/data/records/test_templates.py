@@ -67,7 +67,8 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
 @each(
     "template,score,message",
     [
-        (None, "answers", r"has no chat template; set data\.records\.template"),
+        (None, "answers", r"has no chat template, .*; set data\.records\.template"),
+        ({"tool_use": ""}, "answers", r"several and no default; set data\.records\.template"),
         ("gone", "answers", r"the template .*gone\.jinja cannot be read .* give a \.jinja file or chatml"),
         ("{{ messages[0].content }}", "answers", r"own\.jinja does not mark answers .* data\.records\.template"),
         ("{% generation %}{{ messages", "answers", r"own\.jinja is not valid Jinja: line 1: "),
@@ -75,10 +76,11 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
         ("{% for %}", "all", "is not valid Jinja"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template, score, message):
+def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template, score, message, monkeypatch):
     fields = {"messages": CONVERSATION}
     with pytest.raises(SourceError, match=message):
-        if template is None:
+        if template is None or isinstance(template, dict):
+            monkeypatch.setattr(tokenizer, "chat_template", template)
             encoded(tokenizer, fields, kind="messages", score=score)
         elif template == "gone":
             encoded(tokenizer, fields, kind="messages", template=str(tmp_path / "gone.jinja"))

@@ -46,7 +46,7 @@ def folder(tmp_path_factory, tokenizer_path):
         write_parquet(folder / "null" / f"{number}.parquet", [None, "", *some_texts(30, seed=number), None])
     write_shard(folder / "odd" / "empty.json", [])
     write_shard(folder / "odd" / "full.json", some_texts(30))
-    rows = [{"prompt": f"{n} " + "the rank " * (n % 5), "completion": " matrix" * (1 + n % 3)} for n in range(90)]
+    rows = [{"prompt": f"{n} " + "the rank " * (n % 5), "completion": " matrix" * (n % 4)} for n in range(90)]
     for part in range(3):
         write_json_lines(folder / "records" / f"{part}.jsonl", rows[part::3])
     with pytest.MonkeyPatch.context() as patch:
