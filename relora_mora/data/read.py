@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +123,11 @@ def count_epochs(
     SourceError, also if there is no text.
     """
     shards = configured_shards(config, "train") if shards is None else shards
+    wanted = Fraction(str(epochs))  # 1.1 as it is written, and not a little more
     if packing_of(config, shards) != "stream":
         with closing(WholeRows(shards, config)) as rows:
             blocks = [rows.blocks_in(epoch) for epoch in range(math.ceil(epochs))]
-        blocks[-1] = math.ceil(blocks[-1] * (epochs - len(blocks) + 1))
+        blocks[-1] = math.ceil(blocks[-1] * (wanted - len(blocks) + 1))
         return sum(blocks) * config.sequence_length
     if all(shard.tokens for shard in shards):
         tokens = sum(shard.tokens.totals.tokens for shard in shards if shard.tokens)
@@ -143,4 +145,4 @@ def count_epochs(
             "twice; give files of equal sizes, or a few files as records with data.concatenate=true",
             len(shards),
         )
-    return math.ceil(tokens * epochs)
+    return math.ceil(tokens * wanted)
