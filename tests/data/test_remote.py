@@ -51,7 +51,9 @@ def test_an_empty_file_and_a_server_without_ranges(tmp_path, ranges):
 
 @pytest.mark.more
 @each("fault", FAULTS)
-def test_each_fault_twice(tmp_path, fault):
+def test_each_fault_twice(tmp_path, fault, monkeypatch):
+    if fault != "stall":  # a busy machine may be silent for the time that counts as a stall in tests
+        monkeypatch.setattr(network, "STALL_SECONDS", 30.0)
     shard = _write(tmp_path)
     before = RETRIES.retries
     began = time.monotonic()
@@ -59,7 +61,8 @@ def test_each_fault_twice(tmp_path, fault):
         assert _read(server, timeout_seconds=4.0 if fault == "stall" else 60.0) == shard.read_bytes()
         assert set(server.faults) == {fault}
         # a length that is too long is no fault of an answer whose range says how much follows
-        assert RETRIES.retries - before == (0 if fault == "long" else 2)
+        retries = RETRIES.retries - before
+        assert retries >= 2 if fault == "stall" else retries == (0 if fault == "long" else 2)
     if fault == "429":
         assert time.monotonic() - began > 2  # Retry-After: 1, twice
 
