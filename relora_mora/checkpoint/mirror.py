@@ -45,8 +45,9 @@ class MirrorError(ValueError):
 class Mirror:
     """The mirror of the run in ``run``; first rank only.
 
-    ``claim`` and ``fetch`` come first, in this order. Then ``start`` begins to send what is saved, and ``close`` waits
-    for what is left. The log has a line for each fault. Raises :class:`MirrorError` for a store that cannot be opened.
+    ``claim`` and ``fetch`` come first, in this order; ``newest`` needs neither. Then ``start`` begins to send what is
+    saved, and ``close`` waits for what is left. The log has a line for each fault. Raises :class:`MirrorError` for a
+    store that cannot be opened.
     """
 
     def __init__(self, url: str, run: RunFolder) -> None:
@@ -80,6 +81,11 @@ class Mirror:
                     )
             self._beat()
             self._there = dict(self._manifests())
+
+    def newest(self) -> list[layout.Manifest]:
+        """The newest manifest in the store, if there is one. Raises :class:`MirrorError` if the store fails."""
+        with _faults_named():
+            return sorted(dict(self._manifests()).values(), key=lambda manifest: manifest.step)[-1:]
 
     def fetch(self, resume: str = "auto") -> int | None:
         """Fetches the newest checkpoint if the run folder has none; returns its step, or None if it fetched nothing.
