@@ -91,11 +91,17 @@ class Mirror:
         """Fetches the newest checkpoint if the run folder has none; returns its step, or None if it fetched nothing.
 
         With it come the best one and the one to go back to. A damaged checkpoint is passed over. Raises
-        :class:`MirrorError` if the store has a later step than a run folder with checkpoints, if no checkpoint in it is
-        whole, if ``resume`` (``train.resume``) says that the run begins elsewhere, and if the store fails.
+        :class:`MirrorError` if the store has a later step than a run folder with checkpoints, or another run, if no
+        checkpoint in it is whole, if ``resume`` (``train.resume``) says that the run begins elsewhere, and if the store
+        fails.
         """
         own = layout.list_checkpoints(self._run.checkpoints)
         there = sorted(self._there.values(), key=lambda manifest: manifest.step, reverse=True)
+        if own and there and self._is_of_another_run():
+            raise MirrorError(
+                f"checkpoint.mirror: it holds checkpoints of another run than {self._run.path}, which would be removed "
+                "there; give another checkpoint.mirror"
+            )
         if own and there and there[0].step > (layout.step_of(own[0]) or 0):
             raise MirrorError(
                 f"checkpoint.mirror: it is at step {there[0].step}, and {own[0]} is the newest here; move the run "
@@ -135,6 +141,14 @@ class Mirror:
             work.rename(work.with_name(work.name.partition(".")[0]))
         sync(self._run.checkpoints)
         return layout.step_of(layout.list_checkpoints(self._run.checkpoints)[0])
+
+    def _is_of_another_run(self) -> bool:
+        """Whether the first start that the store has recorded is not that of the run folder."""
+        with _faults_named(), contextlib.suppress(FileNotFoundError):
+            name = self._run.starts.relative_to(self._run.path)
+            theirs, ours = self._store.cat_file(f"run/{name}"), self._run.starts.read_bytes()
+            return bool(theirs.partition(b"\n")[0] != ours.partition(b"\n")[0])
+        return False
 
     def _fetch(self, manifest: layout.Manifest) -> Path:
         """Fetches a checkpoint into a folder that does not count yet.

@@ -1,5 +1,6 @@
 """A run in an object store: what is sent, what comes back, and what happens if the store fails or has another owner."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -238,6 +239,21 @@ def test_a_run_folder_behind_the_mirror_is_refused(tmp_path: Path) -> None:
     behind.claim()
     with pytest.raises(MirrorError, match="at step 10"):
         behind.fetch()
+
+
+def test_the_mirror_of_another_run_is_refused_and_keeps_its_checkpoints(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "starts.jsonl").write_text(f"{name}\n")
+    sent(tmp_path / "a", 5)
+    checkpoint(tmp_path / "a", 10)
+    checkpoint(tmp_path / "b", 10)
+    for name in ("a", "b"):
+        other = opened(tmp_path / name)
+        other.claim()
+        with pytest.raises(MirrorError, match="another run") if name == "b" else contextlib.nullcontext():
+            assert other.fetch() is None
+    assert names("manifests") == ["step-00000005.json"]
 
 
 def test_the_same_command_goes_on_from_the_mirror(tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
         permissions = [change.permission for change in changes if change.permission is not None]
         if len(permissions) == len(faults):
             lines.append(f"to allow these changes: '--train.allow_changes=[{','.join(sorted({*permissions}))}]'")
-        lines.append("or put them back, or give another --train.run_dir, which begins a new run")
+        mirror = "" if config.checkpoint.mirror is None else " and --checkpoint.mirror"
+        lines.append(f"or put them back, or give another --train.run_dir{mirror}, which begins a new run")
         raise CheckpointError("\n".join(lines))
     for name, began in other_weights(checkpoint, config.model).items():
         log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, checkpoint)
