@@ -160,6 +160,11 @@ class Manifest:
         saved = self.config.get("optim", {})
         return {setting: saved.get(setting, "adamw") for setting in ("matrices", "others")}
 
+    @property
+    def is_good(self) -> bool:
+        """Whether a run can go back to it: it was not saved amid steps with numbers that are not finite."""
+        return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
+
     def kinds(self, name: str) -> tuple[str, ...]:
         """The kinds of tensors in a state file for a trainable parameter."""
         return ("master", *self.moments(name), *self.matrix_states.get(name, {}))
@@ -233,15 +238,12 @@ def parse_manifest(path: Path | str, content: bytes) -> Manifest:
 
 
 def good_step(folder: Path) -> int | None:
-    """The step of a checkpoint if a run can go back to it.
-
-    None if it is damaged, or was saved amid steps with numbers that are not finite.
-    """
+    """The step of a checkpoint if a run can go back to it; None if it cannot, or if the checkpoint is damaged."""
     try:
         manifest = read_manifest(folder)
     except CheckpointError:
         return None
-    return None if manifest.counters.get("bad_steps") or manifest.counters.get("trouble") else manifest.step
+    return manifest.step if manifest.is_good else None
 
 
 def file_entry(path: Path) -> FileEntry:

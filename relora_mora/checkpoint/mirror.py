@@ -45,8 +45,9 @@ class MirrorError(ValueError):
 class Mirror:
     """The mirror of the run in ``run``; first rank only.
 
-    ``claim`` and ``fetch`` come first, in this order. Then ``start`` begins to send what is saved, and ``close`` waits
-    for what is left. The log has a line for each fault. Raises :class:`MirrorError` for a store that cannot be opened.
+    ``claim`` and ``fetch`` come first, in this order; ``newest`` needs neither. Then ``start`` begins to send what is
+    saved, and ``close`` waits for what is left. The log has a line for each fault. Raises :class:`MirrorError` for a
+    store that cannot be opened.
     """
 
     def __init__(self, url: str, run: RunFolder) -> None:
@@ -56,7 +57,8 @@ class Mirror:
         # the run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time
         self._folder = f"{socket.gethostname()}:{run.path.resolve()}"
         self._there: dict[str, layout.Manifest] = {}  # the manifests in the store by name
-        self._sent = ""  # the name of the checkpoint that was sent last
+        self._elsewhere: set[str] = set()  # those that this disk did not have at the start
+        self._sent = ("", 0)  # the checkpoint that was sent last: its name, and when its manifest was written
         self._lost = False  # another trainer has taken the mirror
         self._closing = threading.Event()
         self._ended = threading.Event()
@@ -80,15 +82,26 @@ class Mirror:
             self._beat()
             self._there = dict(self._manifests())
 
+    def newest(self) -> list[layout.Manifest]:
+        """The newest manifest in the store, if there is one. Raises :class:`MirrorError` if the store fails."""
+        with _faults_named():
+            return sorted(dict(self._manifests()).values(), key=lambda manifest: manifest.step)[-1:]
+
     def fetch(self, resume: str = "auto") -> int | None:
         """Fetches the newest checkpoint if the run folder has none; returns its step, or None if it fetched nothing.
 
-        A damaged checkpoint is passed over. Raises :class:`MirrorError` if the store has a later step than a run folder
-        with checkpoints, if no checkpoint in it is whole, if ``resume`` (``train.resume``) says that the run begins
-        elsewhere, and if the store fails.
+        With it come the best one and the one to go back to. A damaged checkpoint is passed over. Raises
+        :class:`MirrorError` if the store has a later step than a run folder with checkpoints, or another run, if no
+        checkpoint in it is whole, if ``resume`` (``train.resume``) says that the run begins elsewhere, and if the store
+        fails.
         """
         own = layout.list_checkpoints(self._run.checkpoints)
         there = sorted(self._there.values(), key=lambda manifest: manifest.step, reverse=True)
+        if own and there and self._is_of_another_run():
+            raise MirrorError(
+                f"checkpoint.mirror: it holds checkpoints of another run than {self._run.path}, which would be removed "
+                "there; give another checkpoint.mirror"
+            )
         if own and there and there[0].step > (layout.step_of(own[0]) or 0):
             raise MirrorError(
                 f"checkpoint.mirror: it is at step {there[0].step}, and {own[0]} is the newest here; move the run "
@@ -96,25 +109,52 @@ class Mirror:
             )
         if own or not there:
             return None
-        if resume != "auto":
+        began = there[0].config.get("train", {}).get("resume")  # of the start that saved the newest one
+        if resume == "never" or resume not in ("auto", began):
             raise MirrorError(
                 f"checkpoint.mirror: it holds checkpoints up to step {there[0].step}, and train.resume={resume}; "
                 "train.resume=auto continues from them, or give another checkpoint.mirror"
             )
+        fetched: list[Path] = []  # the newest first
+        best: int | None = None
+        good = False
         for manifest in there:
+            if fetched and manifest.step != best and (good or not manifest.is_good):
+                continue
             try:
                 with _faults_named():
-                    self._fetch(manifest)
+                    work = self._fetch(manifest)
             except layout.CheckpointError as error:
                 log.warning("passed over a checkpoint of the mirror: %s", error)
-            else:
-                return manifest.step
-        raise MirrorError(
-            "checkpoint.mirror: no checkpoint in it is whole; give another checkpoint.mirror to start again"
-        )
+                continue
+            if not fetched:
+                best = (manifest.counters.get("best") or {}).get("step")
+            fetched.append(work)
+            good = good or manifest.is_good
+        if not fetched:
+            raise MirrorError(
+                "checkpoint.mirror: no checkpoint in it is whole; give another checkpoint.mirror to start again"
+            )
+        with _faults_named():
+            self._fetch_small_files()
+        for work in fetched:
+            work.rename(work.with_name(work.name.partition(".")[0]))
+        sync(self._run.checkpoints)
+        return layout.step_of(layout.list_checkpoints(self._run.checkpoints)[0])
 
-    def _fetch(self, manifest: layout.Manifest) -> None:
-        """Fetches a checkpoint and the files of the run. Raises :class:`CheckpointError` if a file is not as listed."""
+    def _is_of_another_run(self) -> bool:
+        """Whether the first start that the store has recorded is not that of the run folder."""
+        with _faults_named(), contextlib.suppress(FileNotFoundError):
+            name = self._run.starts.relative_to(self._run.path)
+            theirs, ours = self._store.cat_file(f"run/{name}"), self._run.starts.read_bytes()
+            return bool(theirs.partition(b"\n")[0] != ours.partition(b"\n")[0])
+        return False
+
+    def _fetch(self, manifest: layout.Manifest) -> Path:
+        """Fetches a checkpoint into a folder that does not count yet.
+
+        Raises :class:`CheckpointError` if a file is not as listed.
+        """
         final = self._run.checkpoints / layout.step_folder(manifest.step)
         size = sum(entry.bytes for entry in manifest.files.values())
         log.info("fetching %s from the mirror (%.1f MB)", final.name, size / 1e6)
@@ -126,17 +166,19 @@ class Mirror:
                 self._store.get_file(f"files/{entry.xxh3_128}", str(work / name))
         layout.check_files(work, manifest, manifest.files)
         write_synced(work / layout.MANIFEST, manifest.dump())
+        return work
+
+    def _fetch_small_files(self) -> None:
         for path in self._small_files():
             with contextlib.suppress(FileNotFoundError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._store.get_file(f"run/{path.relative_to(self._run.path)}", str(path))
-        work.rename(final)
-        sync(final.parent)
 
     # ---- while it trains -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begins to send, first what the store lacks."""
+        self._elsewhere = self._there.keys() - self._on_disk()
         self._sender.start()
         self._pulse.start()
 
@@ -186,14 +228,17 @@ class Mirror:
     def _send_newest(self) -> None:
         """Sends the newest checkpoint if that has changed. Links keep its files even if it is removed meanwhile."""
         checkpoint = next(iter(layout.list_checkpoints(self._run.checkpoints)), None)
-        if checkpoint is None or checkpoint.name == self._sent:
+        if checkpoint is None:
+            return
+        identity = checkpoint.name, (checkpoint / layout.MANIFEST).stat().st_mtime_ns  # a rollback makes a step again
+        if identity == self._sent:
             return
         links = checkpoint.with_name(f"{checkpoint.name}.mirror{layout.TEMPORARY}")
         remove(links)
         try:
             shutil.copytree(checkpoint, links, copy_function=link_or_copy)
             self._send(links)
-            self._sent = checkpoint.name
+            self._sent = identity
         finally:
             remove(links)
 
@@ -210,11 +255,19 @@ class Mirror:
         name = layout.step_folder(manifest.step)
         self._store.pipe_file(f"manifests/{name}.json", manifest.dump().encode())
         self._there[name] = manifest
-        self._retire(keep={name})
+        self._retire(manifest)
 
-    def _retire(self, keep: set[str]) -> None:
-        """Removes checkpoints that are not on the disk any more, and files that no checkpoint has."""
-        keep |= {path.name for path in layout.list_checkpoints(self._run.checkpoints)}
+    def _retire(self, newest: layout.Manifest) -> None:
+        """Removes checkpoints that are not on the disk any more, and files that no checkpoint has.
+
+        What an earlier machine kept for ``checkpoint.keep_every_steps`` stays.
+        """
+        every = newest.config.get("checkpoint", {}).get("keep_every_steps", 0)
+        keep = {layout.step_folder(newest.step), *self._on_disk()}
+        for name in self._elsewhere & set(self._there):
+            step = self._there[name].step
+            if every > 0 and step % every == 0 and step < newest.step:
+                keep.add(name)
         for name in set(self._there) - keep:
             self._store.rm_file(f"manifests/{name}.json")
             del self._there[name]
@@ -230,6 +283,9 @@ class Mirror:
         self._store.put_file(str(path), name)
         if self._size(name) != size:
             raise OSError(f"{name} did not arrive whole")
+
+    def _on_disk(self) -> set[str]:
+        return {path.name for path in layout.list_checkpoints(self._run.checkpoints)}
 
     # ---- the store ---------------------------------------------------------------------------------------------------
 

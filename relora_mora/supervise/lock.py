@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
-from relora_mora.system.files import disk_faults_named
+from relora_mora.system.files import disk_faults_named, make_folder
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
@@ -53,7 +53,7 @@ class RunLock:
         Raises :class:`LockError` if it is still held after ``wait_seconds``, and OSError if the folder cannot be
         written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         holder = self._lease.owner
         who = "unknown" if holder is None else f"host {holder.hostname}, pid {holder.pid}"
         with disk_faults_named(self.path.parent):

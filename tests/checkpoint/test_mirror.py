@@ -1,5 +1,6 @@
 """A run in an object store: what is sent, what comes back, and what happens if the store fails or has another owner."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -41,7 +42,7 @@ def test_a_run_goes_on_from_the_store_alone(tmp_path: Path, url: str) -> None:
     again = opened(tmp_path / "run", url=url)
     again.claim()
     assert again.fetch() == 10
-    assert file_entry(tmp_path / "run/checkpoints/step-00000010/state").bytes == 2
+    assert (tmp_path / "run/checkpoints/step-00000010/state").read_text().startswith("10 ")
     assert (tmp_path / "run/checkpoints/step-00000010/tokenizer/t.json").read_text() == "{}"
     assert (tmp_path / "run/metrics.jsonl").read_text() == "10\n"
     assert again.fetch() is None  # the run folder has it now
@@ -59,6 +60,39 @@ def test_the_store_keeps_what_the_disk_keeps_and_each_file_once(tmp_path: Path) 
     assert state not in names("files")
     assert len(names("files")) == 3  # base and tokenizer are those of step 5
     assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_another_machine_has_and_keeps_what_the_first_one_kept(tmp_path: Path) -> None:
+    """Step 2 was the best, step 6 is kept for its interval, and step 8 the one to go back to from step 10."""
+    kept = {"checkpoint": {"keep_every_steps": 3}}
+    for step in (2, 6, 7, 8):
+        sent(tmp_path / "first", step, config=kept)
+    sent(tmp_path / "first", 10, config=kept, counters={"bad_steps": 1, "best": {"step": 2}})
+    second = opened(tmp_path / "second")
+    second.claim()
+    assert second.fetch() == 10
+    assert sorted(path.name[-2:] for path in (tmp_path / "second/checkpoints").iterdir()) == ["02", "08", "10"]
+    second.start()
+    checkpoint(tmp_path / "second", 12, config=kept)
+    second.close()
+    assert [name[-7:-5] for name in names("manifests")] == ["02", "06", "08", "10", "12"]
+    shutil.rmtree(tmp_path / "second/checkpoints")  # a new history, which goes back to step 3
+    sent(tmp_path / "second", 3, config=kept)
+    assert names("manifests") == ["step-00000003.json"]
+
+
+def test_a_step_that_is_made_again_after_a_rollback_is_sent_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = opened(run)
+    trainer.claim()
+    trainer.start()
+    for base in ("before", "after"):
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        new = checkpoint(tmp_path / base, 5, base=base)
+        digest = file_entry(new / "base").xxh3_128
+        shutil.copytree(new.parent, run / "checkpoints")
+        wait_for(lambda digest=digest: digest in names("files"))
+    trainer.close()
 
 
 def test_faults_are_reported_and_repeated_and_nothing_incomplete_counts(
@@ -198,13 +232,31 @@ def test_a_trainer_that_lost_the_mirror_sends_nothing_more(
     assert json.loads(STORE.cat_file("/bucket/run/owner.json"))["token"] == "another"
 
 
-def test_a_run_folder_behind_the_mirror_is_refused(tmp_path: Path) -> None:
+def test_the_mirror_of_another_run_or_of_later_steps_is_refused_and_keeps_its_checkpoints(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "starts.jsonl").write_text(f"{name}\n")
     sent(tmp_path / "a", 10)
-    checkpoint(tmp_path / "b", 5)
-    behind = opened(tmp_path / "b")
-    behind.claim()
-    with pytest.raises(MirrorError, match="at step 10"):
-        behind.fetch()
+    checkpoint(tmp_path / "b", 15)
+    for name, step, fault in (("a", 10, None), ("a", 5, "at step 10"), ("b", 15, "another run")):
+        shutil.rmtree(tmp_path / name / "checkpoints")
+        checkpoint(tmp_path / name, step)
+        trainer = opened(tmp_path / name)
+        trainer.claim()
+        with pytest.raises(MirrorError, match=fault) if fault else contextlib.nullcontext():
+            assert trainer.fetch() is None
+    assert names("manifests") == ["step-00000010.json"]
+
+
+def test_the_same_command_goes_on_from_the_mirror(tmp_path: Path) -> None:
+    """A run that began with the checkpoint of another one does not begin there again."""
+    sent(tmp_path / "a", 10, config={"train": {"resume": "runs/other"}})
+    again = opened(tmp_path / "b")
+    again.claim()
+    for resume in ("never", "runs/another"):
+        with pytest.raises(MirrorError, match=f"train.resume={resume}"):
+            again.fetch(resume)
+    assert again.fetch("runs/other") == 10
 
 
 @pytest.mark.parametrize("url", ["nonsense://bucket/run", "gs://bucket/run"])

@@ -1,9 +1,8 @@
 """Which checkpoints are kept."""
 
-from types import SimpleNamespace
-
 from relora_mora.checkpoint import writer
 from relora_mora.checkpoint.layout import CheckpointError, step_folder, step_of
+from tests.tools.checkpoints import made_manifest
 from tests.tools.each import each
 
 GOOD = "good"
@@ -29,7 +28,8 @@ def test_retention_keeps_the_right_checkpoints(
         state = checkpoints[step_of(folder)]
         if state == UNREADABLE:
             raise CheckpointError("damaged")
-        return SimpleNamespace(step=step_of(folder), counters={"bad_steps": int(state == BAD)})
+        counters = {"bad_steps": int(state == BAD)}
+        return made_manifest(step=step_of(folder), counters=counters, parameters={}, frozen={})
 
     monkeypatch.setattr(writer.layout, "read_manifest", read_manifest)
     newest = max(checkpoints)

@@ -42,6 +42,14 @@ def test_a_held_lock_is_refused_and_names_its_holder(holder, tmp_path, caplog):
     assert [f"pid {holder.pid}" in record.getMessage() for record in caplog.records] == [True], "the wait is announced"
 
 
+def test_a_run_folder_may_be_a_link_to_a_folder_that_was_removed(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "scratch" / "run")
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    assert (tmp_path / "scratch" / "run" / "lock").exists()
+    lock.release()
+
+
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_lock_is_free_when_its_holder_has_ended(holder, tmp_path, killed):
     if killed:

@@ -13,13 +13,13 @@ from tests.tools.helpers import wait_until
 URL = "memory://bucket/run"
 
 
-def checkpoint(run: Path, step: int, base: str = "base") -> Path:
+def checkpoint(run: Path, step: int, base: str = "base", **values: Any) -> Path:
     folder = run / "checkpoints" / step_folder(step)
     (folder / "tokenizer").mkdir(parents=True)
-    for name, content in (("state", f"{step}"), ("base", base), ("tokenizer/t.json", "{}")):
+    for name, content in (("state", f"{step} {values}"), ("base", base), ("tokenizer/t.json", "{}")):
         (folder / name).write_text(content)
     files = {name: file_entry(folder / name) for name in ("state", "base", "tokenizer/t.json")}
-    manifest = made_manifest(step=step, files=files, parameters={}, frozen={})
+    manifest = made_manifest(step=step, files=files, parameters={}, frozen={}, **values)
     (folder / "manifest.json").write_text(manifest.dump())
     (run / "metrics.jsonl").write_text(f"{step}\n")
     return folder
@@ -29,12 +29,12 @@ def opened(run: Path, url: str = URL) -> Mirror:
     return Mirror(url, RunFolder(run))
 
 
-def sent(run: Path, *steps: int, url: str = URL) -> None:
+def sent(run: Path, *steps: int, url: str = URL, **values: Any) -> None:
     """A trainer that saves checkpoints of these steps and ends."""
     trainer = opened(run, url=url)
     trainer.claim()
     for step in steps:
-        checkpoint(run, step)
+        checkpoint(run, step, **values)
     trainer.start()
     trainer.close()
 

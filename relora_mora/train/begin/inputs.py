@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
+from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.reader import newest_manifest
 from relora_mora.config.data import DataConfig
 from relora_mora.config.lengths import with_counted_epochs
@@ -201,13 +202,22 @@ def _tasks(inputs: Inputs) -> Tasks | None:
 
 
 def _with_saved_commits(config: Config) -> DataConfig:
-    """The data settings with the commits in the checkpoint of this run, so that a resume reads the same data."""
-    named = config.train.resume not in ("auto", "never")
-    saved: dict[str, Any] = {}
-    with contextlib.suppress(CheckpointError):
-        saved = newest_manifest(Path(config.train.resume if named else config.train.run_dir)).config.get("data", {})
-    commits = (saved.get("commits") or {}) | config.data.commits
-    return config.data.model_copy(update={"commits": commits})
+    """The data settings with the commits in the checkpoint of this run, so that a resume reads the same data.
+
+    They come from where the run began, or from what it has saved since, here or only in its mirror.
+    """
+    train, mirror = config.train, config.checkpoint.mirror
+    folder = RunFolder(Path(train.run_dir))
+    saved = []
+    for path in (*([] if train.resume in ("auto", "never") else [Path(train.resume)]), folder.path):
+        with contextlib.suppress(CheckpointError):
+            saved.append(newest_manifest(path))
+    if mirror is not None and not list_checkpoints(folder.checkpoints):
+        saved += Mirror(mirror, folder).newest()
+    commits: dict[str, str] = {}
+    for manifest in saved:
+        commits |= manifest.config.get("data", {}).get("commits") or {}
+    return config.data.model_copy(update={"commits": commits | config.data.commits})
 
 
 def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -168,11 +168,13 @@ class Evaluating:
         metric = self.config.checkpoint.keep_best or ""
         group, _, name = metric.partition("/")
         of_tasks = group == "tasks"
-        value = metrics.get(metric + task_settings(self.config.eval).suffix * of_tasks)
+        suffix = task_settings(self.config.eval).suffix if of_tasks else ""
+        value = metrics.get(metric + suffix)
         if value is None or not math.isfinite(value):
             return state.best
         larger = self.tasks.larger_is_better[name] if of_tasks and self.tasks else name.rpartition("/")[2] in SHARES
-        new = Best(metric, value, state.step, metrics.get(f"{metric.rpartition('/')[0]}/digest"))
+        digest = metrics.get(f"{metric.rpartition('/')[0]}/digest", suffix or None)
+        new = Best(metric, value, state.step, digest)
         old = state.best
         if old is not None and old.digest == new.digest and not (value > old.value if larger else value < old.value):
             return old

@@ -48,16 +48,17 @@ def where_to_resume(config: Config) -> Path | None:
     """
     resume = config.train.resume
     own = RunFolder(Path(config.train.run_dir)).checkpoints
-    named = None if resume in ("auto", "never") else at_best(Path(resume))
     if not list_checkpoints(own):
-        if named is not None:
-            check_folder(named)
+        if resume in ("auto", "never"):
+            return None
+        named = at_best(Path(resume))
+        check_folder(named)
         return named
     if resume == "never":
         raise CheckpointError(
             f"{own}: holds checkpoints, and train.resume=never; use another train.run_dir, or train.resume=auto"
         )
-    if named is None or own.resolve() in (named.resolve(), RunFolder(named).checkpoints.resolve()):
+    if resume == "auto" or own.resolve() in (Path(resume).resolve(), RunFolder(Path(resume)).checkpoints.resolve()):
         return own
     previous = None
     with contextlib.suppress(CheckpointError):
@@ -65,6 +66,7 @@ def where_to_resume(config: Config) -> Path | None:
     if previous == resume:
         log.warning("train.resume=%s: the run began there before, and continues from what it saved", resume)
         return own
+    named = at_best(Path(resume))
     check_folder(named)
     if own.resolve() not in (named.absolute().parent.resolve(), named.resolve().parent):
         raise CheckpointError(
@@ -113,7 +115,8 @@ def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
         permissions = [change.permission for change in changes if change.permission is not None]
         if len(permissions) == len(faults):
             lines.append(f"to allow these changes: '--train.allow_changes=[{','.join(sorted({*permissions}))}]'")
-        lines.append("or put them back, or give another --train.run_dir, which begins a new run")
+        mirror = "" if config.checkpoint.mirror is None else " and --checkpoint.mirror"
+        lines.append(f"or put them back, or give another --train.run_dir{mirror}, which begins a new run")
         raise CheckpointError("\n".join(lines))
     for name, began in other_weights(checkpoint, config.model).items():
         log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, checkpoint)

@@ -42,7 +42,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Best:
-    """The best value so far of ``checkpoint.keep_best``. ``digest`` is that of the tokens it is about, if any."""
+    """The best value so far of ``checkpoint.keep_best``. ``digest`` says what it is comparable with: that of the scored
+    tokens, or the few-shot rows and the limit of tasks, if any."""
 
     metric: str
     value: float

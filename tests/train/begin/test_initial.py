@@ -1,5 +1,6 @@
 """The start of a run: every weight is made once, by one rank, and a resume makes none."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from relora_mora.sizing.memory import state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from tests.tools.faulty_server import COMMIT, serving
+from tests.tools.mirrors import wait_for
 from tests.tools.runs import LLAMA, built, train
 from tests.tools.tiny import whole_weights
 
@@ -127,11 +129,17 @@ def test_one_rank_asks_the_hub_for_all(runs, pools, inputs, tmp_path):
             "a resume reads the commits it began with"
         )
         given = {"resume": str(tmp_path / "run")}
-        other = runs.config(tmp_path / "other", 2, data=data, train=given)
-        pools(2)(train_from_hub, other, server.url)
-        assert not [path for path in server.paths if path.startswith("/api/")], (
-            "so does a run that begins with its checkpoint"
-        )
+        mirror = {"mirror": str(tmp_path / "store")}
+        other = runs.config(tmp_path / "other", 2, data=data, train=given, checkpoint=mirror)
+        for _ in range(2):  # then from the mirror alone
+            pools(2)(train_from_hub, other, server.url)
+            assert not [path for path in server.paths if path.startswith("/api/")], (
+                "so does a run that begins with its checkpoint"
+            )
+            wait_for((tmp_path / "store/manifests/step-00000001.json").exists)
+            wait_for(lambda: not (tmp_path / "store/owner.json").exists())
+            shutil.rmtree(tmp_path / "other")
+            shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
     saved = parse_yaml((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert saved["commits"] == {"some/train@main": COMMIT}
     assert saved["revision"] == "main"

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from relora_mora.train.loop.evaluating import Evaluating
 from relora_mora.train.state.run_state import Best, Interval, RunState
+from tests.tools.tiny import tiny_config
 
 
 def test_a_state_is_loaded_as_it_was_saved_and_without_what_belongs_to_another_folder(monkeypatch: pytest.MonkeyPatch):
@@ -21,3 +23,12 @@ def test_a_state_is_loaded_as_it_was_saved_and_without_what_belongs_to_another_f
     manifest: Any = SimpleNamespace(step=7, data_state=state.data, counters=counters)
     assert RunState.load(manifest, own=True) == state
     assert RunState.load(manifest, own=False) == RunState(**counted)
+
+
+def test_scores_of_other_rows_of_a_task_do_not_count_for_the_best():
+    before = Best("tasks/own/acc", 0.9, 2, None)
+    for limit, suffix, best in ((None, "", before), (3, "/first-3", Best("tasks/own/acc", 0.5, 4, "/first-3"))):
+        config = tiny_config(eval={"tasks": ["own.yaml"], "limit": limit}, checkpoint={"keep_best": "tasks/own/acc"})
+        evaluating = SimpleNamespace(config=config, tasks=SimpleNamespace(larger_is_better={"own/acc": True}))
+        state = RunState(initial_seed=1, step=4, best=before)
+        assert Evaluating._best(evaluating, state, {f"tasks/own/acc{suffix}": 0.5}) == best  # type: ignore[arg-type]
