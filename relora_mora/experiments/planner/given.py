@@ -32,10 +32,11 @@ def read_run(
     finetune = finetune or path in shipped_files(["task"]).values()
     notes = []
     tree = read_tree(path)
-    if tree.keys() & {"model_type", "hidden_size"}:
+    is_model = bool(tree.keys() & {"model_type", "hidden_size"})
+    defaults = None
+    if is_model:
         tree = _run_of_model(path)
-        rank = tree["method"]["rank"]
-        notes.append(f"{given} is a model: this is ReMoRA of rank {rank} with the default settings, on any text")
+        defaults = {"method": tree.pop("method")}
     if "grid" in tree:
         from relora_mora.experiments.study.design import count, first_round, read_study
 
@@ -44,7 +45,11 @@ def read_run(
         tree, path, finetune = study.base_tree, find_config(study.base), study.command == "finetune"
         overrides = {**cell.overrides(study), **overrides}
         notes.append(f"{given} is a study of {count(study)} runs: this is the first, {cell.name}")
-    config = config_of(tree, path, overrides, world_size, FINETUNING if finetune else None)
+    config = config_of(tree, path, overrides, world_size, FINETUNING if finetune else defaults)
+    if is_model:
+        method = config.method
+        rank = "" if method.record.adapter is None else f" of rank {method.rank}"
+        notes.append(f"{given} is a model: the method is {method.record.title}{rank}, on any text")
     if config.train.epochs is not None:
         notes.append(
             f"train.epochs: a run counts its text at the start; this is {STEPS:,} steps, unless you give --train.steps"
