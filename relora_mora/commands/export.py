@@ -1,6 +1,7 @@
 """Exports a checkpoint as a plain model for AutoModelForCausalLM and AutoTokenizer, or only its adapter for PEFT."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,8 @@ def main(
         )
     print(f"exported {exported} to {out} ({format}, {dtype})")
     if format == "merged":
-        convert = f"python llama.cpp/convert_hf_to_gguf.py {out} --outfile model.gguf --outtype {_OUTTYPES[dtype]}"
+        folder = shlex.quote(out)
+        convert = f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf --outtype {_OUTTYPES[dtype]}"
         print(f"as GGUF, if llama.cpp has this family: {convert}")
     if push is not None:
         print(f"uploaded to {upload(hub, push, Path(out), f'Export {exported.name}')}")
