@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from relora_mora.cli.command import INTERRUPTED, USER_ERROR
-from relora_mora.supervise.exits import LOST, REQUEUE
+from relora_mora.supervise.exits import FAILED, LOST, REQUEUE
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import ending_with_me, many_imports, own_command
 from relora_mora.system.run_folder import RunFolder, read_json_lines
@@ -106,7 +106,8 @@ def step(title: str, words: list[str]) -> None:
         raise SystemExit(code)
     if code:
         remedy = continues + _AGAIN if code in (LOST, REQUEUE) or code < 0 else _AGAIN
-        raise SystemExit(f"this step ended with code {code}; {remedy}")
+        print(f"this step ended with code {code}; {remedy}", file=sys.stderr)
+        raise SystemExit(FAILED)
 
 
 def _report(run: Path) -> None:

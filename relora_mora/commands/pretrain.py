@@ -107,4 +107,4 @@ def run_to_the_end(main: Callable[..., int], argv: Sequence[str] | None = None, 
     try:
         run(main, argv, name=name)
     except SystemExit as end:
-        leave_now(end.code if isinstance(end.code, int) else FAILED)  # run() always exits with a number
+        leave_now(end.code if isinstance(end.code, int) else FAILED)  # commands exit with numbers
