@@ -126,24 +126,25 @@ def test_a_step_and_a_merge_combine_tensors_of_the_device_and_the_host(
     assert {tensor.device.type for tensor in [*base.weights.values(), *on_host]} == {"cpu"}
     assert {parameter.device.type for parameter in engine.parameters.values()} == {"cuda"}
     assert [name for name in launches if REFUSED.fullmatch(name)] == []
-    assert len(waits) == 4, waits  # are the adapters finite; effective ranks; what was merged; how much was reset
+    # are all adapters there; are they finite; effective ranks; what was merged; how much was reset
+    assert len(waits) == 5, waits
 
 
 class _Counted(NamedTuple):
-    """What all_reduce returns, without a tensor: the counts of a merge come first in its sums, then those of faults."""
+    """What all_reduce returns, without a tensor: a single number is the count of the adapters' elements."""
 
-    first: int
+    count: int
     shape: torch.Size
 
     def tolist(self) -> list[Any]:
         rows, *columns = self.shape
-        return [[0.0] * columns[0]] * rows if columns else [self.first] + [0] * (rows - 1)
+        return [[0.0] * columns[0]] * rows if columns else [0.0] * rows
 
     def __int__(self) -> int:
-        return self.first
+        return self.count
 
     def __float__(self) -> float:
-        return float(self.first)
+        return float(self.count)
 
 
 def _all_elements_counted(engine: ZeroEngine, values: Tensor, whole: Any = ZeroEngine.all_reduce) -> _Counted:
