@@ -57,11 +57,9 @@ def _label(parameter: inspect.Parameter, hint: Any) -> str:
     if parameter.kind is parameter.VAR_KEYWORD:
         return "--SECTION.KEY=VALUE"
     if parameter.kind is parameter.VAR_POSITIONAL:
-        return (
-            str(hint.__metadata__[0])
-            if get_origin(hint) is Annotated
-            else f"{parameter.name.upper().removesuffix('S')} ..."
-        )
+        if get_origin(hint) is Annotated:
+            return str(hint.__metadata__[0])
+        return f"{parameter.name.upper().removesuffix('S')} ..."
     if parameter.kind is not parameter.KEYWORD_ONLY:
         return parameter.name.upper()
     kinds = list(plain_types(hint))

@@ -103,9 +103,8 @@ def test_the_best_checkpoint_is_kept(runs, tmp_path):
     assert find_checkpoint(folder / "best") == checkpoint_at(folder, step)
     assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, each) for each in (step, 10)]
     again = {"steps": 11, "allow_changes": ["train.steps"], "resume": str(folder / "best")}
-    for _ in range(
-        2
-    ):  # without a metric, what was the best is removed, and the same command goes on from what it saved
+    # without a metric, what was the best is removed, and the same command goes on from what it saved
+    for _ in range(2):
         runs.train(folder, **settings, checkpoint={"keep_last": 1}, train=again)
         assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, 11)]
     with pytest.raises(CheckpointError, match=r"checkpoint\.keep_best"):
