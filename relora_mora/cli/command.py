@@ -18,6 +18,7 @@ from relora_mora.system.files import place_of, remove_unfinished
 from relora_mora.system.process import WakeupPipe, run_with_timeout, say
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+UNREAD = 141  # and for one whose output is read no more, as by head
 GRACE_SECONDS = 3.0
 
 
@@ -78,7 +79,8 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
     Arguments stay text. A parameter with another annotation, such as ``int | None``, is read as YAML and checked
     against its type. Bad arguments end the program before the command starts. A user's mistakes (the package's
     ValueErrors, OSError, a package that is not installed) are shown as one message without a traceback or a secret, and
-    the exit code is 2; after Ctrl-C it is 130. ``name`` is the command's name in messages; default: the script's.
+    the exit code is 2; after Ctrl-C it is 130, and if the program that reads the output has ended, 141. ``name`` is the
+    command's name in messages; default: the script's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with interrupts() as received:
@@ -97,6 +99,8 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
             if received.is_set() or isinstance(error, KeyboardInterrupt):
                 say("interrupted")
                 code = INTERRUPTED
+            elif isinstance(error, BrokenPipeError):
+                code = UNREAD
             elif _is_user_error(error, command):
                 _show(error)
                 code = USER_ERROR

@@ -47,6 +47,9 @@ def main(
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
+    missing = [f"{name}: not found; give the train.run_dir of a run" for name in runs if not Path(name).exists()]
+    if missing:
+        raise ConfigError(missing, "the command line")
     found = []
     faults = []
     for name in runs:

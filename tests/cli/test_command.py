@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
     )
     shell = f"{sys.executable} {script} {words} {streams}"
     assert subprocess.run(["sh", "-c", shell], capture_output=True, check=False).returncode == code
+
+
+def test_output_that_is_read_no_more_ends_a_command_without_a_message(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        print("a line")
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            run(main, [])
+    assert ended.value.code == 141
+    assert capfd.readouterr().err == ""
 
 
 PORT = {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}

@@ -93,7 +93,8 @@ def test_what_is_not_a_run_is_left_out_by_name(runs: list[Path], tmp_path: Path)
 
 def test_bad_input_gives_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE), "no runs given")
-    refused(call(COMPARE, tmp_path / "none", tmp_path), "none: not a run folder", f"{tmp_path}: not a run folder")
+    refused(call(COMPARE, tmp_path), f"{tmp_path}: not a run folder")
+    refused(call(COMPARE, runs[0], tmp_path / "none"), "none: not found")
     refused(call(COMPARE, runs[0], f"--against={runs[1]}"), "matches none of the runs")
     other = write_run(tmp_path / "other", LOSSES, sets=["web"])
     refused(call(COMPARE, runs[0], other), "no validation set in common")
