@@ -139,7 +139,6 @@ class Manifest:
     config: dict[str, dict[str, Any]]
     model_config: dict[str, Any]
     tokenizer_fingerprint: str
-    data_fingerprint: str
     data_order: str  # fingerprint of what the positions in data_state depend on
     data_state: dict[str, Any]
     counters: dict[str, Any]  # counts of the run so far: tokens, skipped steps, ...
@@ -222,7 +221,8 @@ def parse_manifest(path: Path | str, content: bytes) -> Manifest:
     if values.pop("checksum", None) != content_checksum(values):
         raise damaged(path, "its checksum does not match its content")
     del values["format"], values["version"]
-    values.pop("operator_seed", None)  # release 0.2 wrote it, null except for operator 7
+    for unused in ("operator_seed", "data_fingerprint"):  # earlier releases wrote them
+        values.pop(unused, None)
     try:
         manifest = _MANIFEST.validate_python(values)
     except ValidationError as error:

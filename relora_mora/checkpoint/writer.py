@@ -6,6 +6,8 @@ key-value store, which works even if a disk does not. Rank 0's thread waits for 
 renames the folder, or removes it after a failure. There is no collective, so a slow disk cannot hold up training.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import threading
@@ -17,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from relora_mora.checkpoint import layout
-from relora_mora.checkpoint.rank_files import snapshot, write_rank_files
 from relora_mora.data.lanes import merge_states
 from relora_mora.distributed.collectives import from_first_rank
-from relora_mora.system.files import make_folder, remove, sync, write_synced
+from relora_mora.system.files import disk_faults_named, link_or_copy, make_folder, remove, sync, write_synced
 from relora_mora.system.logs import log
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
@@ -139,7 +142,7 @@ class CheckpointWriter:
 
     # ---- the writing thread -----------------------------------------------------------------------------------
 
-    def _run(self, manifest: layout.Manifest, data_state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    def _run(self, manifest: layout.Manifest, data_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         final = self.folder / layout.step_folder(manifest.step)
         # a rank of an earlier job whose launcher was killed may still be writing; its folder has another name
         work = final.with_name(f"{final.name}.{self._job}{layout.TEMPORARY}")
@@ -165,7 +168,7 @@ class CheckpointWriter:
         if self.last_failure is not None and self.rank == 0:
             log.error("%s; earlier checkpoints are as they were", self.last_failure)
 
-    def _write(self, work: Path, merges_done: int, tensors: dict[str, torch.Tensor]) -> dict[str, layout.FileEntry]:
+    def _write(self, work: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, layout.FileEntry]:
         """Writes this rank's files, on the first rank with those of the tokenizer, and syncs them."""
         make_folder(work)
         files = write_rank_files(work, self.engine, self.base, merges_done, tensors)
@@ -239,3 +242,57 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"
+
+
+def snapshot(engine: "ZeroEngine") -> dict[str, Tensor]:
+    """Copies what this rank saves to host memory: all that it holds, or at stage 0, where all hold the same, a share.
+
+    A GPU copies to pinned memory, which torch caches for the next save, and the host waits once for all its copies.
+    """
+    pieces = engine.pieces()
+    if engine.stage == 0:
+        pieces = itertools.islice(pieces, engine.rank, None, engine.world_size)
+    copies = {}
+    for kind, name, start, values in pieces:
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        copies[f"{kind}|{name}|{start}"] = copy.copy_(values, non_blocking=True)
+    if engine.device.type == "cuda":
+        torch.cuda.current_stream(engine.device).synchronize()
+    return copies
+
+
+def write_rank_files(
+    work: Path, engine: "ZeroEngine", base: "FrozenMasters", merges_done: int, tensors: dict[str, Tensor]
+) -> dict[str, layout.FileEntry]:
+    """Writes this rank's files into ``work``, a folder in ``checkpoints/``; returns their entries by name."""
+    suffix = f"{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
+    files: dict[str, layout.FileEntry] = {}
+    if tensors:
+        files[f"state-{suffix}"] = _write_tensors(work / f"state-{suffix}", tensors)
+    if base.owned:
+        files[f"base-{suffix}"] = write_base(work / f"base-{suffix}", base, merges_done)
+    return files
+
+
+def write_base(path: Path, base: "FrozenMasters", merges_done: int) -> layout.FileEntry:
+    """Writes what this rank owns of the base, or links the file of an earlier checkpoint if no merge came after it."""
+    for checkpoint in layout.list_checkpoints(path.parent.parent):
+        with contextlib.suppress(layout.CheckpointError, FileNotFoundError):  # damaged, or just removed
+            manifest = layout.read_manifest(checkpoint)
+            if manifest.merges_done != merges_done or list(manifest.frozen) != list(base.owner):
+                break
+            entry = manifest.files.get(path.name)  # the name has the number of ranks
+            if entry is None:
+                break
+            link_or_copy(checkpoint / path.name, path)
+            if layout.file_entry(path) == entry:
+                return entry
+            path.unlink()
+    return _write_tensors(path, {f"base|{name}|0": base.weights[name] for name in base.owned})
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> layout.FileEntry:
+    with disk_faults_named(path.parent):
+        save_file(tensors, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
+    return layout.file_entry(path)

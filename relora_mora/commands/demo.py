@@ -66,8 +66,8 @@ def _checked_run(changes: dict[str, str]) -> Path:
 
     config = load_config(CONFIG, changes, world_size=1)
     with many_imports():
+        from relora_mora.train.begin.inputs import open_text
         from relora_mora.train.begin.settings import check_settings
-        from relora_mora.train.begin.text import open_text
 
     try:
         with Bar("checking the settings"):

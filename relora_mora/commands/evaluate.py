@@ -61,7 +61,7 @@ def main(
     Example:
         relora-mora evaluate runs/demo/run --data='runs/demo/data/validation/*.json.gz'
     """
-    from relora_mora.config.data_flags import SCORING, parse_typed, read_data
+    from relora_mora.config.load import SCORING, parse_typed, read_data
 
     sources = None if data is None else parse_typed(data, "--data")
     # parts of data.records may override the run's own settings, which are not known before the run is read

@@ -69,9 +69,8 @@ def main(
     with many_imports():
         from relora_mora.config.load import ConfigError
         from relora_mora.experiments.planner.given import read_run
-        from relora_mora.experiments.planner.plan import plan_of
+        from relora_mora.experiments.planner.plan import Cluster, plan_of
         from relora_mora.experiments.planner.render import answer, tables
-        from relora_mora.experiments.planner.step import Cluster
         from relora_mora.system.hardware import device_here
 
     if faults:

@@ -1,11 +1,13 @@
 """Pretrains a model. It is also what the commands that train share, from their settings to their exit code."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.cli.command import run
-from relora_mora.system.process import many_imports, say
+from relora_mora.system.process import many_imports, own_command, say
 
 if TYPE_CHECKING:
     from relora_mora.config.schema import Config
@@ -63,7 +65,6 @@ def train(
     with many_imports():  # takes seconds, so all of the above is checked first
         from relora_mora.distributed.join import JoinError
         from relora_mora.engine.merging import MergeError
-        from relora_mora.train.log.progress import next_commands
         from relora_mora.train.pretrain import pretrain
         from relora_mora.train.state.run_state import TrainingError
 
@@ -77,8 +78,25 @@ def train(
         say(f"the run ended: {error}")
         return LOST
     if code == 0 and rank == 0:
-        say(next_commands(settings.train.run_dir))
+        say(_next_commands(settings.train.run_dir))
     return code
+
+
+def _next_commands(run_dir: str) -> str:
+    """The commands for a finished run, one per line."""
+    program = own_command()
+    run = shlex.quote(run_dir)
+    folder = Path(run_dir)
+    export = shlex.quote(str(folder.with_name(f"{folder.name}_export")))
+    return "\n".join(
+        [
+            "next:",
+            f"  {program} evaluate {run}",
+            f"  {program} sample {run} 'The'",
+            f"  {program} export {run} {export}",
+            f"  {program} board {shlex.quote(str(folder.parent))}    # TensorBoard",
+        ]
+    )
 
 
 def _show(config: "Config", count: int) -> int:
@@ -88,8 +106,8 @@ def _show(config: "Config", count: int) -> int:
     with many_imports():
         from relora_mora.data.first_rows import show_records
         from relora_mora.tokenizer.identity import check_vocabulary
+        from relora_mora.train.begin.inputs import open_text
         from relora_mora.train.begin.settings import check_model
-        from relora_mora.train.begin.text import open_text
         from relora_mora.weights.vocabulary import with_vocabulary
 
     config = with_vocabulary(config)

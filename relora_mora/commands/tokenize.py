@@ -81,8 +81,7 @@ def _settings(
     source: str, split: "Split", tokenizer: str | None, overrides: dict[str, str], *, finetune: bool
 ) -> tuple["DataConfig", str]:
     """Text and tokenizer, either from the settings of a run or from the arguments."""
-    from relora_mora.config.data_flags import READING, parse_typed, read_data
-    from relora_mora.config.load import FINETUNING, load_config
+    from relora_mora.config.load import FINETUNING, READING, load_config, parse_typed, read_data
 
     if source.endswith((".yaml", ".yml")) or (find_config(source) != Path(source) and not Path(source).is_dir()):
         paths = {} if tokenizer is None else {"tokenizer.path": json.dumps(tokenizer, ensure_ascii=False)}

@@ -74,7 +74,7 @@ def main(
 def sampled(data: str, overrides: Mapping[str, str], *, max_documents: int, max_bytes: int, seed: int) -> list[str]:
     """A sample of the documents of ``--data``; raises ValueError if its settings are wrong or it has no text."""
     with many_imports():
-        from relora_mora.config.data_flags import READING, parse_typed, read_data
+        from relora_mora.config.load import READING, parse_typed, read_data
         from relora_mora.data.read import iter_texts
         from relora_mora.tokenizer.training import sample
 

@@ -1,7 +1,7 @@
 """Reads a run's settings: defaults, YAML file, then ``--section.key=value``. All faults are reported together."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
+from relora_mora.config.data import DataConfig
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, settings_of_others
 from relora_mora.config.removed import without_old_defaults, without_removed
@@ -33,6 +34,10 @@ FINETUNING: dict[str, dict[str, Any]] = {
     "optim": {"lr": 3e-4, "warmup_fraction": 0.03},
     "train": {"epochs": 3, "batch_size": 128},
 }
+# the settings of data that commands that train no model take
+READING = frozenset({"revision", "text_column", "sample_by", "max_line_bytes", "max_bad_fraction", "timeout_seconds"})
+SCORING = READING | {"records", "packing", "sequence_length", "document_mask"}
+_OTHERS = {"model": {"config": "none"}, "tokenizer": {"path": "none"}, "train": {"run_dir": "none"}}
 
 
 class ConfigError(ValueError):
@@ -233,3 +238,33 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
         node[parent] = dict(inner or {})  # a copy, because an alias elsewhere in the file may refer to the same dict
         node = node[parent]
     node[key] = value
+
+
+def read_data(settings: Mapping[str, Any], overrides: Mapping[str, str], names: Set[str]) -> DataConfig:
+    """Settings of ``data``, changed by ``overrides`` from the command line, which may set only ``names``.
+
+    Raises :class:`ConfigError`.
+    """
+    used = {name: text for name, text in overrides.items() if name.startswith("data.") and name.split(".")[1] in names}
+    tree, faults = with_overrides({"data": dict(settings), **_OTHERS}, used)
+    uses = f"It uses: {', '.join(f'data.{name}' for name in sorted(names))}"
+    faults += [
+        f"--{name}: unknown, or not used by this command; see --help. {uses}" for name in overrides if name not in used
+    ]
+    return validate(tree, "the command line", faults).data
+
+
+def parse_typed(text: str, flag: str) -> Any:
+    """The value of YAML for a list, a record or a mapping of sets; any other text is a single source.
+
+    A glob may begin with a bracket, and a range of numbers with a brace. So text that is not valid YAML is a source
+    unless it has keys. Raises :class:`ConfigError`.
+    """
+    if not text.startswith(("[", "{")):
+        return text
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        if ": " not in text:
+            return text
+        raise ConfigError([f"{flag}: not YAML: {explain_yaml(error)}"], "the command line") from error

@@ -103,24 +103,21 @@ def _samples(path: str) -> bytes:
         raise unreadable(path, error, "check the path and its permissions") from error
 
 
-def fingerprints(
+def order_fingerprint(
     config: DataConfig,
     *,
     tokenizer_fingerprint: str,
     batch_lanes: int,
     shards: Sequence[Shard],
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-) -> tuple[str, str]:
-    """Two fingerprints of 32 hex digits: of the blocks of a stream, and of the meaning of a saved position.
+) -> str:
+    """A fingerprint of 32 hex digits of what decides which document and which token come at a saved position.
 
-    The first covers the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed
-    and the limits on lines; for a mixture also its weights, and for records everything that decides their tokens (only
-    they need ``tokenizer``). Ranks, workers and the folders of the files do not matter. The second covers which
-    document and which token come at a position. It leaves out the sizes of shards, so a shard that was repaired or has
-    grown can be read on from the same line. Raises SourceError.
+    That is the tokenizer, the names of shards and sources, text columns, lanes and seed, and for records everything
+    that decides their tokens (only they need ``tokenizer``). Ranks, workers and the folders of the files do not matter,
+    and neither do the sizes of shards whose rows follow each other, so a shard that was repaired or has grown can be
+    read on from the same line. Raises SourceError.
     """
-    sizes = [shard.size for shard in shards]
-    lengths = {"sequence_length": config.sequence_length, "max_line_bytes": config.max_line_bytes}
     order: dict[str, Any] = {
         "rule": RULE,
         "tokenizer": tokenizer_fingerprint,
@@ -144,13 +141,6 @@ def fingerprints(
         }
     packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
     if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence: on all lengths
-        order |= {"packing": packings, "planned": sizes, **lengths}
-    blocks = order | {"split": "train", "sizes": sizes, **lengths}
-    if config.is_mixture:
-        blocks["weights"] = {source.label: source.weight for source in config.train}
-        blocks["stages"] = [stage.model_dump() for stage in config.stages]
-    return _json_digest(blocks), _json_digest(order)
-
-
-def _json_digest(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+        order |= {"packing": packings, "planned": [shard.size for shard in shards]}
+        order |= {"sequence_length": config.sequence_length, "max_line_bytes": config.max_line_bytes}
+    return xxhash.xxh3_128_hexdigest(json.dumps(order, sort_keys=True).encode())

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data.held_out import Answer
 from relora_mora.data.records.passages import special_tokens
-from relora_mora.evaluation.ranks import ALONE, Ranks
+from relora_mora.evaluation.loss import ALONE, Ranks
 from relora_mora.model.documents import SDPA_OR_DOCUMENTS
 from relora_mora.system.hardware import to_device
 

@@ -22,7 +22,7 @@ from relora_mora.data.records.encoders import own_prefix
 from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.evaluation.generation import attention_with_a_mask
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
-from relora_mora.evaluation.ranks import ALONE, Ranks
+from relora_mora.evaluation.loss import ALONE, Ranks
 from relora_mora.model.config import positions_in
 from relora_mora.system.bars import is_watched
 from relora_mora.system.files import append_synced

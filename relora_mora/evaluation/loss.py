@@ -1,8 +1,9 @@
-"""Held-out loss in nats per predicted token, perplexity, and bits per UTF-8 byte of the text."""
+"""Held-out loss in nats per token, perplexity, and bits per UTF-8 byte; and how ranks share an evaluation."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -12,10 +13,27 @@ from relora_mora.config.data import DataConfig, set_setting
 from relora_mora.data.errors import SourceError
 from relora_mora.data.held_out import EvalSet, load_eval_set
 from relora_mora.data.stream.packing import document_boundaries
-from relora_mora.evaluation.ranks import ALONE, Ranks
 from relora_mora.model.loss import IGNORE
 from relora_mora.system.hardware import to_device
 
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share an evaluation; the defaults are those of one process.
+
+    They call each function together. ``all_sum`` sums a tensor over them, and ``gather`` returns the values of all.
+    ``go_on`` is called before each batch: it says whether one of them is still running, and may raise an exception on
+    all.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    all_sum: Callable[[Tensor], Tensor] = lambda values: values
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    go_on: Callable[[bool], bool] = lambda running: running
+
+
+ALONE = Ranks()
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 

@@ -263,7 +263,7 @@ class AttachedAdapters:
         if type(optimizer).__name__ == "DeepSpeedEngine":
             optimizer = optimizer.optimizer
         if type(optimizer).__module__.startswith("deepspeed.runtime."):
-            from relora_mora.engine.user_zero import UserZero  # which imports DeepSpeed
+            from relora_mora.engine.zero_state import UserZero  # which imports DeepSpeed
 
             return UserZero(self.model, optimizer, self.names)
         if optimizer is None and any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):

@@ -60,6 +60,11 @@ class Bar:
         self._first = self._done = done
         self._begin = time.time()
 
+    def time_left(self) -> str:
+        """The time until the total is reached, at the rate since :meth:`restart`."""
+        seconds_each = (time.time() - self._begin) / max(1, self._done - self._first)
+        return tqdm.format_interval(seconds_each * ((self._total or 0) - self._done))
+
     def note(self, text: str) -> None:
         """Shows a text after the numbers."""
         self._note = text

@@ -4,6 +4,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.config.schema import Config
 from relora_mora.distributed.collectives import (
@@ -26,12 +28,12 @@ from relora_mora.system.hardware import compute_deterministically, ran_out_of_me
 from relora_mora.system.logs import counted, log, setup_logging
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.train.begin.build import build, warm_up
+from relora_mora.train.begin.build import Run, build, warm_up
 from relora_mora.train.begin.inputs import READING_SECONDS, Inputs, agree, open_inputs, with_whole_text
 from relora_mora.train.begin.run_folder import check_shared, write_run_folder
-from relora_mora.train.log.progress import describe
 from relora_mora.train.loop.loop import Trainer
 from relora_mora.train.state.resume import begin, checkpoint_at, resume, where_to_resume
+from relora_mora.train.state.run_state import RunState
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -74,7 +76,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         state = resume(run, inputs.checkpoint) if inputs.checkpoint else begin(run)
         warm_up(run, state.step, guard)
     from_first_rank(lambda: write_run_folder(inputs, state))
-    log.info("%s", describe(run, state))
+    log.info("%s", _describe(run, state))
     give_back_freed_memory()
     return _fit(Trainer(run, state, guard, mirror), guard)
 
@@ -158,4 +160,20 @@ def _memory_shortage(config: Config) -> ValueError:
         f"train.micro_batch_size: {sequences} of {config.data.sequence_length} tokens, the model and its optimizer "
         "need more memory than the device or its host has; lower it (or eval.micro_batch_size, if it happened in an "
         "evaluation), or see what a run needs with relora-mora plan"
+    )
+
+
+def _describe(run: Run, state: RunState) -> str:
+    """Describes the run, its device and its batch in one line."""
+    config = run.config
+    engine = run.engine
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+    precision = "bf16" if engine.bf16 else "fp32"
+    ranks = counted(engine.world_size, "rank")
+    batch = counted(config.train.batch_size, "sequence")
+    return (
+        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}; a step has {batch} of "
+        f"{config.data.sequence_length} tokens, {config.accumulation_steps(engine.world_size)} x "
+        f"{config.train.micro_batch_size} on each rank; "
+        f"step {state.step} of {config.train.steps}; run folder {config.train.run_dir}"
     )

@@ -28,11 +28,11 @@ from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.weights.card import CARD, model_card
 from relora_mora.weights.digests import other_weights
 from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.generation import generation_config, ids_of_roles
 from relora_mora.weights.peft import CONFIG, KEY, PREFIX, RELEASED_TYPES, WEIGHTS, base_sample
+from relora_mora.weights.push import CARD, model_card
 
 
 def checked_model(reader: CheckpointReader) -> PreTrainedModel:

@@ -13,8 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
 from relora_mora.config.data import CHATML, DataConfig, TextSource
-from relora_mora.config.data_flags import SCORING, read_data
-from relora_mora.config.load import stored_config
+from relora_mora.config.load import SCORING, read_data, stored_config
 from relora_mora.config.schema import ModelConfig
 from relora_mora.model.config import (
     parse_model_config,

@@ -23,11 +23,11 @@ def followed(config: Any, failing: dict[int, list[int]] | None = None) -> dict[s
 
     In the saves of the steps ``failing[rank]``, that rank's disk is full in the middle of a file.
     """
-    from relora_mora.checkpoint import rank_files
+    from relora_mora.checkpoint import writer as module
     from relora_mora.train.state.run_state import TrainingError
 
     steps = (failing or {}).get(int(os.environ["RANK"]), [])
-    whole = rank_files.save_file
+    whole = module.save_file
 
     def save_file(tensors: Any, path: Path) -> None:
         if any(path.parent.name.startswith(f"step-{step:08d}.") for step in steps):
@@ -37,7 +37,7 @@ def followed(config: Any, failing: dict[int, list[int]] | None = None) -> dict[s
 
     error = ""
     with log_lines("ERROR") as lines, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_files, "save_file", save_file)
+        patch.setattr(module, "save_file", save_file)
         try:
             train(config)
         except TrainingError as failure:
@@ -162,12 +162,12 @@ def slow_to_write(config: Any, what: str) -> bool:
     ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after
     step 4 must not come first.
     """
-    from relora_mora.checkpoint import rank_files
+    from relora_mora.checkpoint import writer as module
     from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.pretrain import pretrain
 
-    save_file = rank_files.save_file
-    write_base = rank_files.write_base
+    save_file = module.save_file
+    write_base = module.write_base
     train_step = Trainer.train_step
     fifth = threading.Event()
     met: list[bool] = []
@@ -189,8 +189,8 @@ def slow_to_write(config: Any, what: str) -> bool:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_files, "save_file", slow_save)
-        patch.setattr(rank_files, "write_base", slow_base)
+        patch.setattr(module, "save_file", slow_save)
+        patch.setattr(module, "write_base", slow_base)
         patch.setattr(Trainer, "train_step", step)
         pretrain(config)
     return met == [True]

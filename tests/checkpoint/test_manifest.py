@@ -15,7 +15,7 @@ def test_a_manifest_survives_writing_and_reading(folder):
     (folder / "again").mkdir()
     write_synced(folder / "again" / "manifest.json", manifest.dump())
     assert read_manifest(folder / "again") == manifest
-    assert manifest.data_fingerprint == "größe"
+    assert manifest.tokenizer_fingerprint == "größe"
 
 
 def test_every_byte_of_a_manifest_is_protected(folder):

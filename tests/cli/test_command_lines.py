@@ -84,7 +84,7 @@ from tests.tools.each import each
         ("train-tokenizer --data='[{source: a}, {source: b, weight: 9}]' --out=o", "without weights"),
         # commands that need something which is not there
         ("compare", "no runs given"),
-        ("compare none", "none: not a run folder"),
+        ("compare none", "none: not found"),
         ("study none.yaml", "No such file"),
         ("study smoke --jobs=0", "--jobs: got 0"),
         ("spectrum", "no runs given"),

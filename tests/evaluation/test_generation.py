@@ -16,7 +16,7 @@ from relora_mora.evaluation.generation import (
     greedy,
     text_of,
 )
-from relora_mora.evaluation.ranks import Ranks
+from relora_mora.evaluation.loss import Ranks
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.runs import LLAMA
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadMode
 
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.data import DataConfig, RecordsConfig
-from relora_mora.config.data_flags import parse_typed
+from relora_mora.config.load import parse_typed
 from relora_mora.data.errors import SourceError
 from relora_mora.data.named_sets import with_commits
 from relora_mora.evaluation.loss import EvalResult, evaluate, held_out, is_causal

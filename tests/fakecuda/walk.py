@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
-from relora_mora.checkpoint.rank_files import snapshot
+from relora_mora.checkpoint.writer import snapshot
 from relora_mora.data.lanes import LaneStates
 from relora_mora.data.stream.packing import Batch
 from relora_mora.engine.engine import ZeroEngine

@@ -40,7 +40,6 @@ def made_manifest(**values: Any) -> Manifest:
         "config": {},
         "model_config": {},
         "tokenizer_fingerprint": "",
-        "data_fingerprint": "",
         "data_content": "",
         "data_order": "",
         "data_state": {},

@@ -3,8 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from relora_mora.experiments.planner.plan import Plan, plan_of
-from relora_mora.experiments.planner.step import Cluster
+from relora_mora.experiments.planner.plan import Cluster, Plan, plan_of
 from relora_mora.system.devices import DEVICES, named_device
 
 CARDS = {"rtx3060": 1, "rtx4080": 1, "rtx4090": 1, "l40s": 1, "a100-80gb": 1, "8 x a100-80gb": 8}

@@ -13,7 +13,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.evaluation.harness import _shared
 from relora_mora.evaluation.local_tasks import HarnessError
-from relora_mora.evaluation.ranks import Ranks
+from relora_mora.evaluation.loss import Ranks
 from tests.evaluation.tools import ROWS, own_task
 from tests.tools.commands import EVALUATE, call
 from tests.tools.data_tools import write_json_lines

@@ -113,7 +113,7 @@ def test_the_first_loss_is_the_adapters_and_the_last_is_its_exports(
 def refuses(inputs, tokenizer_path, tmp_path):
     """Asserts that a run is refused before it begins, with all these parts in the message."""
     from relora_mora.model.config import read_model_config
-    from relora_mora.train.begin.start_adapter import check_adapter
+    from relora_mora.train.begin.settings import check_adapter
 
     def check(base: Path, adapter: Path, method: dict[str, Any], *parts: str) -> None:
         config = config_of(inputs, tokenizer_path, tmp_path / "run", base, adapter, method)
@@ -174,7 +174,7 @@ def test_an_adapter_of_other_weights_of_the_same_sizes_is_refused(pools, adapter
 
 
 def test_an_adapter_is_not_an_initial_model(base, adapters, inputs, tokenizer_path, tmp_path):
-    from relora_mora.train.begin.start_adapter import check_start
+    from relora_mora.train.begin.settings import check_start
 
     model = {"config": str(base / "config.json"), "init_from": str(adapters["lora"])}
     with pytest.raises(ConfigError, match=r"holds an adapter without its model; .* and the adapter in model\.adapter"):

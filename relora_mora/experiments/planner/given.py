@@ -85,7 +85,7 @@ def _model_config(config: Config, notes: list[str]) -> PreTrainedConfig:
     if settings.config is not None:
         found = read_model_config(settings)
     else:
-        from relora_mora.train.begin.start_adapter import check_start
+        from relora_mora.train.begin.settings import check_start
         from relora_mora.weights.load import model_config_of
 
         try:

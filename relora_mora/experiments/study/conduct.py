@@ -31,8 +31,8 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
     Raises :class:`relora_mora.config.load.ConfigError` with the faults of all runs, each fault once.
     """
     from relora_mora.optim.own import with_rule  # late imports: they load torch
+    from relora_mora.train.begin.inputs import open_text
     from relora_mora.train.begin.settings import check_model
-    from relora_mora.train.begin.text import open_text
     from relora_mora.weights.vocabulary import with_vocabulary
 
     configs = cell_configs(study, folder.missing(known_cells(study, folder)), folder)

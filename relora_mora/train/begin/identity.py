@@ -26,7 +26,6 @@ class Identity:
     model_config: dict[str, Any]
     tokenizer_fingerprint: str
     eos_token_id: int  # ends a document; the fingerprint of a Hugging Face tokenizer does not include it
-    data_fingerprint: str
     data_content: str  # fingerprint of the training data's content
     data_order: str  # fingerprint of everything that decides what a position in the data means
     bf16: bool

@@ -9,26 +9,31 @@ import json
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
 from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.reader import newest_manifest
-from relora_mora.config.data import DataConfig
+from relora_mora.config.data import DataConfig, Split, set_setting
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
-from relora_mora.data.content import content_of, fingerprints, with_versions
+from relora_mora.data.content import content_of, order_fingerprint, with_versions
+from relora_mora.data.errors import SourceError
 from relora_mora.data.first_rows import check_columns, check_lanes, check_records
 from relora_mora.data.named_sets import with_commits
 from relora_mora.data.read import count_epochs
+from relora_mora.data.records.passages import template_in_use
 from relora_mora.data.shard import Shard
-from relora_mora.data.tokens.make import tokens_of_whole_rows
+from relora_mora.data.sources import configured_shards, split_remark
+from relora_mora.data.tokens.make import check_tokens, tokens_of_whole_rows
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.evaluation.harness import Tasks
 from relora_mora.model.config import plain_model_config, positions_in
@@ -45,10 +50,61 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.train.begin.files import check_files
 from relora_mora.train.begin.identity import Identity, changed_settings
 from relora_mora.train.begin.settings import check_machine, check_settings, memory_of_rank, setup_here, task_settings
-from relora_mora.train.begin.text import open_text
 from relora_mora.weights.load import own_tokenizer_path
 
+T = TypeVar("T")
 READING_SECONDS = 86400.0  # nobody trains several epochs on a text that takes longer than this to read once
+
+
+@dataclass(frozen=True)
+class Text:
+    tokenizer: PreTrainedTokenizerBase
+    shards: list[Shard]  # of the training data
+    chat_template: str | None  # that of its first conversations; the run's tokenizer gets it
+
+
+def open_text(config: Config) -> Text:
+    """Loads the tokenizer and finds the shards of training and validation.
+
+    Raises :class:`ConfigError` with everything that is missing or cannot be used.
+    """
+    faults: list[str] = []
+
+    def attempt(setting: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except (TokenizerError, SourceError) as error:
+            faults.append(f"{setting}: {error}")
+            return None
+
+    tokenizer = attempt("tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
+    shards = attempt("data.train", lambda: _shards(config, "train", tokenizer))
+    template = template_in_use(shards, tokenizer) if shards and tokenizer else None
+    run_tokenizer = copy(tokenizer)
+    if run_tokenizer is not None and template is not None:
+        run_tokenizer.chat_template = template
+    for name, sources in config.data.validation.items():
+        data = config.data.model_copy(update={"validation": {"": sources}})
+        one_set = config.model_copy(update={"data": data})
+        attempt(set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
+    if tokenizer is None or shards is None or faults:
+        raise ConfigError(faults, "the settings")
+    if remark := split_remark(shards, config.data):
+        log.info(remark)
+    return Text(tokenizer, shards, template)
+
+
+def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | None) -> list[Shard]:
+    data = config.data
+    shards = configured_shards(data, split)
+    local = [shard for shard in shards if not shard.is_remote]
+    check_columns(local, data)
+    if tokenizer is not None:
+        check_records(local, data, tokenizer)
+        check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id)
+    if split == "validation":
+        content_of(shards)  # raises SourceError for damaged tokens
+    return shards
 
 
 @dataclass(frozen=True)
@@ -61,7 +117,6 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase  # with the chat template of the first conversations in the training data
     tokenizer_fingerprint: str
     shards: list[Shard]  # of the training data
-    data_fingerprint: str
     data_content: str  # fingerprint of the shards' content
     data_order: str
     # agreed by the ranks
@@ -87,7 +142,6 @@ class Inputs:
             model_config=plain_model_config(self.model_config),
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             eos_token_id=self.tokenizer.eos_token_id,
-            data_fingerprint=self.data_fingerprint,
             data_content=self.data_content,
             data_order=self.data_order,
             bf16=self.setup.bf16,
@@ -121,7 +175,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     shards = with_versions(text.shards, data.timeout_seconds)
     check_lanes(shards, data, config.lanes)
     tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
-    data_fingerprint, data_order = fingerprints(
+    order = order_fingerprint(
         data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards, tokenizer=tokenizer
     )
     if text.chat_template is not None:  # the saved tokenizer, also of an export, writes what the run trains on
@@ -133,9 +187,8 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokens,
         shards=shards,
-        data_fingerprint=data_fingerprint,
         data_content=_content(shards),
-        data_order=data_order,
+        data_order=order,
     )
 
 

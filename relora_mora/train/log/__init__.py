@@ -1,1 +1,1 @@
-"""What a run reports: metrics, loggers, progress."""
+"""What a run reports: metrics and loggers."""

@@ -12,8 +12,7 @@ from relora_mora.data.held_out import EvalSet
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluation.generation import Generated, generate_answers
 from relora_mora.evaluation.harness import Results, Tasks
-from relora_mora.evaluation.loss import EvalResult, evaluate, held_out
-from relora_mora.evaluation.ranks import Ranks
+from relora_mora.evaluation.loss import EvalResult, Ranks, evaluate, held_out
 from relora_mora.supervise.guard import LONG_SECONDS
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import load_tokenizer
@@ -69,13 +68,12 @@ class Evaluating:
     def evaluate(self, state: RunState) -> None:
         begin = time.perf_counter()
         step = state.step
-        progress = self.parts.progress
         self.engine.eval()
         results: dict[str, EvalResult] = {}
         generated: dict[str, Generated] = {}
         scores: Results = {}
         if self._is_due(self.intervals[0], step):
-            with progress.bar("evaluation", "token") as bar:
+            with self.parts.bar("evaluation", "token") as bar:
                 results = evaluate(
                     self.engine,
                     self.sets,
@@ -85,10 +83,10 @@ class Evaluating:
                     ranks=self._ranks(f"step {step}: evaluation"),
                     progress=bar.update,
                 )
-            with progress.bar("generating answers"):
+            with self.parts.bar("generating answers"):
                 generated = self._generate(step)
         if self.tasks is not None and self._is_due(self.intervals[-1], step):
-            with progress.bar("tasks"):
+            with self.parts.bar("tasks"):
                 scores = self._score_tasks(self.tasks, step)
         self._report(state, results, generated, scores, time.perf_counter() - begin)
         state.evaluated = step

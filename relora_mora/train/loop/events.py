@@ -15,12 +15,12 @@ from relora_mora.distributed.collectives import from_first_rank, gather_from_ran
 from relora_mora.optim.groups import group_rates
 from relora_mora.sizing.measure import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.system.bars import Bar, is_watched
 from relora_mora.system.hardware import peak_flops, peak_memory_bytes
 from relora_mora.system.logs import log
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log import report
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress
 from relora_mora.train.state.run_state import Interval, RunState, TrainingError
 
 
@@ -31,13 +31,17 @@ class Parts:
     run: Run
     guard: Guard
     metrics: report.Metrics
-    progress: Progress
+    steps: Bar
     writer: CheckpointWriter
     mirror: Mirror | None
 
     @property
     def config(self) -> Config:
         return self.run.config
+
+    def bar(self, title: str, unit: str = "") -> Bar:
+        """A second bar, below that of the steps."""
+        return Bar(title, unit, show=self.config.log.progress)
 
 
 def open_parts(run: Run, guard: Guard, mirror: Mirror | None) -> Parts:
@@ -56,8 +60,8 @@ def open_parts(run: Run, guard: Guard, mirror: Mirror | None) -> Parts:
     )
     if mirror is not None:
         mirror.start()
-    progress = Progress(config.train.steps, show=is_first and config.log.progress)
-    return Parts(run, guard, metrics, progress, writer, mirror)
+    steps = Bar("", "step", total=config.train.steps, show=config.log.progress)
+    return Parts(run, guard, metrics, steps, writer, mirror)
 
 
 EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
@@ -95,8 +99,8 @@ class Reporting:
         self.config = parts.config
         self.sources = mixture_names(self.config.data) if self.config.data.is_mixture else ()
         self.metrics = parts.metrics
-        self.progress = parts.progress
-        self.early_lines = from_first_rank(lambda: EARLY_LINES if parts.progress.is_watched else 0)
+        self.steps = parts.steps
+        self.early_lines = from_first_rank(lambda: EARLY_LINES if self.config.log.progress and is_watched() else 0)
 
     def __call__(self, state: RunState) -> None:
         """A collective. The first lines on a terminal show the loss of one step, and metrics the mean since the last
@@ -152,11 +156,14 @@ class Reporting:
         return total / self.run.engine.world_size
 
     def _show(self, step: int, loss: float, speed: Mapping[str, float]) -> None:
-        if math.isnan(loss):  # a step that was skipped, or has no token to score
+        is_unknown = math.isnan(loss)  # a step that was skipped, or has no token to score
+        if is_unknown or not self.config.log.progress:
             return
         perplexity = math.exp(min(loss, 700.0))
         tokens_per_second = f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
-        self.progress.show(step, f"loss {loss:.3f}, perplexity {perplexity:.1f}, {tokens_per_second}")
+        of_step = f"step {step}/{self.config.train.steps}"
+        left = self.steps.time_left()
+        log.info(f"{of_step}: loss {loss:.3f}, perplexity {perplexity:.1f}, {tokens_per_second}, {left} left")
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds

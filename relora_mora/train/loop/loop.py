@@ -68,7 +68,7 @@ class Trainer:
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         try:
-            with self.parts.progress.bar("reading the validation data"):
+            with self.parts.bar("reading the validation data"):
                 self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
             self.guard.training()
             share = self.next_batch()  # text that is unusable fails before an evaluation
@@ -98,14 +98,14 @@ class Trainer:
         if state.step and state.saved is None:
             save(self.parts, state)  # a run that began with another run's checkpoint gets its own
         state.interval.data_seconds = 0.0  # no step has waited for the start of the workers
-        self.parts.progress.begin(state.step)
+        self.parts.steps.restart(state.step)
 
     def next_batch(self) -> LocalBatch | None:
         """This rank's share of the next global batch, once every rank has its own; None after the last step."""
         if self.state.step >= self.config.train.steps:
             return None
         begin = time.perf_counter()
-        with self.parts.progress.bar("waiting for a batch"):
+        with self.parts.bar("waiting for a batch"):
             share = self.loader.next_batch(self.state.step + 1)
         self.state.interval.data_seconds += time.perf_counter() - begin
         return share
@@ -149,7 +149,7 @@ class Trainer:
             interval.good_steps += 1
             interval.grad_norm = done.grad_norm
         interval.step_seconds += time.perf_counter() - begin
-        self.parts.progress.update(step)
+        self.parts.steps.update(step)
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
     def roll_back(self, reason: str) -> None:
@@ -176,7 +176,7 @@ class Trainer:
         self.guard.step = state.step
         continues = state.saved is not None  # the checkpoint that it was loaded from, if any, is in this run's folder
         self.parts.metrics.open(state.step if continues else 0, rollback=rollback)
-        self.parts.progress.begin(state.step)
+        self.parts.steps.restart(state.step)
         merge(self.parts, state)  # if a shorter run ended here
 
     def _name_best(self) -> None:
@@ -187,7 +187,7 @@ class Trainer:
     def close(self) -> None:
         parts = self.parts
         with contextlib.suppress(Exception):
-            parts.progress.close()
+            parts.steps.close()
         self.data.close()
         parts.writer.wait()
         if parts.mirror is not None:

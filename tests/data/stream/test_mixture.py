@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from relora_mora.data.content import fingerprints
+from relora_mora.data.content import order_fingerprint
 from relora_mora.data.errors import SourceError
 from relora_mora.data.first_rows import check_columns, check_lanes
 from relora_mora.data.sources import configured_shards
@@ -112,18 +112,16 @@ def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenize
         json.dumps(batch.state)
 
 
-def test_weights_are_part_of_the_fingerprint_but_not_of_the_order(folder):
+def test_names_are_part_of_the_order_but_weights_are_not(folder):
     config = data_config(_records(folder))
     others = [data_config(_records(folder, weight=2)), data_config(_records(folder, name="novels"))]
     prints = []
     for one in (config, *others):
         given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": configured_shards(one, "train")}
-        prints.append(fingerprints(one, **given))
-    (whole, order), (of_weights, order_of_weights), (of_names, order_of_names) = prints
-    assert whole != of_weights
-    assert order == order_of_weights
-    assert whole != of_names
-    assert order != order_of_names
+        prints.append(order_fingerprint(one, **given))
+    order, of_weights, of_names = prints
+    assert order == of_weights
+    assert order != of_names
 
 
 def test_a_wrong_column_is_reported_with_its_source(folder):

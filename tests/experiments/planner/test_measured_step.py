@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from launch.benchmark.measure import live_tensors, storages
-from relora_mora.experiments.planner.step import Cluster, Step, step_of
+from relora_mora.experiments.planner.plan import Cluster, Step, step_of
 from relora_mora.sizing import memory
 from relora_mora.sizing.memory import gathered_memory, gradient_memory, group_sizes, state_memory, weight_bytes
 from relora_mora.sizing.setup import Setup

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from relora_mora.experiments.planner import plan as planner
-from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, Plan
+from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, Cluster, Plan
 from relora_mora.experiments.planner.render import duration, tables
-from relora_mora.experiments.planner.step import Cluster
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.each import each

@@ -17,7 +17,6 @@ def identity(**changes: Any) -> Identity:
         model_config=plain_model_config(tiny_llama()),
         tokenizer_fingerprint="tokens",
         eos_token_id=2,
-        data_fingerprint="data",
         data_content="content",
         data_order="order",
         bf16=False,
@@ -73,9 +72,9 @@ def test_a_setting_that_decides_which_parameters_train_cannot_be_allowed_if_used
 def test_sources_with_other_names_are_other_data_for_any_weights():
     def mixture(name: str, order: str, weight: float = 1.0) -> Identity:
         records = [{"source": "a", "name": name, "weight": weight}, {"source": "b", "weight": 1.0}]
-        return replace(with_setting("data", "train", records), data_order=order, data_fingerprint=f"{order}{weight}")
+        return replace(with_setting("data", "train", records), data_order=order)
 
-    text = identity(data_fingerprint="text")
+    text = identity()
     for before, now in ((mixture("web", "1"), mixture("wev", "2", 3.0)), (text, mixture("web", "1"))):
         [change] = left(before, now, {"data.train"})
         assert change.permission == "data"
@@ -101,7 +100,7 @@ def test_weights_with_the_same_shares_are_not_a_change():
     def mixture(*weights: float) -> Identity:
         named = zip("abc", weights, strict=False)
         records = [{"source": name, "name": name, "weight": weight} for name, weight in named]
-        return replace(with_setting("data", "train", records), data_fingerprint=str(weights))
+        return with_setting("data", "train", records)
 
     assert left(mixture(1.0, 1.0), mixture(2.0, 2.0)) == []
     assert left(mixture(0.1, 0.1, 0.5), mixture(1.0, 1.0, 5.0)) == []

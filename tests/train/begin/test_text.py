@@ -11,8 +11,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.tokens.make import make_tokens
 from relora_mora.evaluation.loss import held_out
-from relora_mora.train.begin.inputs import open_inputs
-from relora_mora.train.begin.text import open_text
+from relora_mora.train.begin.inputs import open_inputs, open_text
 from tests.tools.data_tools import write_parquet
 from tests.tools.each import each
 from tests.tools.helpers import ROOT

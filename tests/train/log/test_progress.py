@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from relora_mora.commands import NAMES
+from relora_mora.commands import pretrain as command
 from relora_mora.config.schema import LogConfig
 from relora_mora.system import bars
 from relora_mora.system.logs import setup_logging
-from relora_mora.train.log.progress import Progress, next_commands
 from relora_mora.train.loop import events
 from relora_mora.train.state.run_state import RunState
 from tests.tools.each import each
@@ -28,17 +28,45 @@ def set_stderr(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.Strin
     return stream
 
 
+def reporting_of(
+    monkeypatch: pytest.MonkeyPatch, *, steps: int, log: LogConfig, written: Any = None
+) -> events.Reporting:
+    """The reports of a run on one rank, with its bar."""
+    monkeypatch.setattr(events, "group_rates", lambda *_: [0.1])
+    monkeypatch.setattr(events.report, "data_metrics", lambda *_: {})
+    # it takes long, so it is not measured before the first step
+    monkeypatch.setattr(events, "flops_per_token", lambda *_: 1.0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    config = SimpleNamespace(
+        log=log,
+        train=SimpleNamespace(steps=steps),
+        data=SimpleNamespace(is_mixture=False, sequence_length=8),
+        tokens_per_step=8,
+    )
+    run: Any = SimpleNamespace(
+        inputs=SimpleNamespace(model_config=None),
+        engine=SimpleNamespace(world_size=1),
+        groups=[None],
+        schedule=None,
+    )
+    bar = bars.Bar("", "step", total=steps, show=log.progress)
+    parts: Any = SimpleNamespace(run=run, config=config, metrics=written, steps=bar)
+    return events.Reporting(parts)
+
+
 def run_of_two_steps(monkeypatch: pytest.MonkeyPatch, *, show: bool = True) -> None:
     monkeypatch.setattr(bars, "APPEAR_SECONDS", 0.0)
-    progress = Progress(4, show=show)
-    progress.begin(1)
-    with progress.bar("evaluation", "token") as bar:
+    reporting = reporting_of(monkeypatch, steps=4, log=LogConfig(every_steps=1, peak_tflops=1.0, progress=show))
+    steps = reporting.steps
+    steps.restart(1)
+    with bars.Bar("evaluation", "token", show=show) as bar:
         time.sleep(0.05 * sys.stderr.isatty())
         bar.update(3, 3)
-    for step, loss in ((2, "5.0"), (3, "4.0")):
-        progress.update(step)
-        progress.show(step, f"loss {loss}")
-    progress.close()
+    for step, loss in ((2, 5.0), (3, 4.0)):
+        steps.update(step)
+        reporting._show(step, loss, {"perf/tokens_per_second": 1.0})
+    steps.close()
 
 
 @each("kind", [io.StringIO, Terminal])
@@ -47,32 +75,32 @@ def test_every_line_of_the_log_is_kept(kind: type[io.StringIO], monkeypatch: pyt
     run_of_two_steps(monkeypatch)
     output = stderr.getvalue()
     lines = re.findall(r"\d\d:\d\d:\d\d (step .*)\n", output)
-    assert [line.rpartition(",")[0] for line in lines] == ["step 2/4: loss 5.0", "step 3/4: loss 4.0"]
+    assert [line.partition(",")[0] for line in lines] == ["step 2/4: loss 5.000", "step 3/4: loss 4.000"]
     assert all(re.search(r"\d\d:\d\d left$", line) for line in lines)
     on_terminal = isinstance(stderr, Terminal)
     assert ("evaluation:" in output) is on_terminal
     assert ("\r" in output) is on_terminal
 
 
-def test_other_ranks_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_progress_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(Terminal(), monkeypatch)
     run_of_two_steps(monkeypatch, show=False)
     assert stderr.getvalue() == ""
 
 
 def test_time_before_the_first_step_does_not_count_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([600.0, 602.0])  # the first step comes next, the line
-    stderr = set_stderr(io.StringIO(), monkeypatch)
-    monkeypatch.setattr("relora_mora.train.log.progress.time.monotonic", lambda: next(clock))
-    progress = Progress(31, show=True)
-    progress.begin(0)
-    progress.show(1, "loss 5.0")
-    assert stderr.getvalue().endswith("loss 5.0, 01:00 left\n")
+    clock = iter([500.0, 600.0, 602.0])  # the bar is made, the first step comes next, the line
+    monkeypatch.setattr(bars, "is_watched", lambda: False)
+    monkeypatch.setattr(bars.time, "time", lambda: next(clock))
+    steps = bars.Bar("", "step", total=31)
+    steps.restart(0)
+    steps.update(1)
+    assert steps.time_left() == "01:00"
 
 
 def test_the_next_commands_are_words_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relora_mora.train.log.progress.own_command", lambda: "relora-mora")
-    first, *lines = next_commands("runs/my run").splitlines()
+    monkeypatch.setattr("relora_mora.commands.pretrain.own_command", lambda: "relora-mora")
+    first, *lines = command._next_commands("runs/my run").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert first == "next:"
     assert words == [
@@ -85,30 +113,12 @@ def test_the_next_commands_are_words_of_a_shell(monkeypatch: pytest.MonkeyPatch)
 
 
 def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tuple[list[str], dict[int, float]]:
-    monkeypatch.setattr(events, "group_rates", lambda *_: [0.1])
-    monkeypatch.setattr(events.report, "data_metrics", lambda *_: {})
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
-    config = SimpleNamespace(
-        log=LogConfig(every_steps=4, peak_tflops=1.0),
-        train=SimpleNamespace(steps=15),
-        data=SimpleNamespace(is_mixture=False, sequence_length=8),
-        tokens_per_step=8,
-    )
-    run: Any = SimpleNamespace(
-        inputs=SimpleNamespace(model_config=None),
-        engine=SimpleNamespace(world_size=1),
-        groups=[None],
-        schedule=None,
-    )
-    lines: list[str] = []
     metrics: dict[int, float] = {}
-    progress: Any = SimpleNamespace(is_watched=watched, show=lambda _, text: lines.append(text.partition(",")[0]))
     written: Any = SimpleNamespace(write=lambda step, values: metrics.update({step: values["train/loss"]}))
-    parts: Any = SimpleNamespace(run=run, config=config, metrics=written, progress=progress)
-    reporting = events.Reporting(parts)
-    # it takes long, so it is not measured before the first step
-    monkeypatch.setattr(events, "flops_per_token", lambda *_: 1.0)
+    monkeypatch.setattr(events, "is_watched", lambda: watched)
+    monkeypatch.setattr(bars, "is_watched", lambda: False)
+    reporting = reporting_of(monkeypatch, steps=15, log=LogConfig(every_steps=4, peak_tflops=1.0), written=written)
+    stderr = set_stderr(io.StringIO(), monkeypatch)
     state = RunState(initial_seed=0)
     for state.step in range(1, 16):
         loss = float("nan") if state.step == 2 else float(state.step)  # a skipped step
@@ -119,7 +129,7 @@ def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tupl
             state.interval.loss += loss
             state.interval.good_steps += 1
         reporting(state)
-    return lines, metrics
+    return re.findall(r"loss [0-9.]+", stderr.getvalue()), metrics
 
 
 def test_the_first_steps_have_a_line_each_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
