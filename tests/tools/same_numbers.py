@@ -110,7 +110,7 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     # a field that is null may be missing in another version
     values["counters"] = {key: value for key, value in values["counters"].items() if value is not None}
-    place = ("files", "checksum", "config")
+    place = ("files", "checksum", "config", "data_fingerprint")  # the last one only older commits write
     return {key: value for key, value in values.items() if value is not None and key not in place}
 
 
