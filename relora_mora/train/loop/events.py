@@ -40,7 +40,7 @@ class Parts:
         return self.run.config
 
     def bar(self, title: str, unit: str = "") -> Bar:
-        """A second bar, below the first one."""
+        """A bar below the one of the steps."""
         return Bar(title, unit, show=self.config.log.progress)
 
 
