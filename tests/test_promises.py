@@ -31,6 +31,7 @@ def test_exit_codes() -> None:
     written = {value for value in vars(exits).values() if type(value) is int} | {
         command.USER_ERROR,
         command.INTERRUPTED,
+        command.UNREAD,
     }
     assert {int(code) for code in re.findall(r"\b\d+\b", section("Exit codes"))} == written
     table = (ROOT / "docs" / "trouble.md").read_text(encoding="utf-8").partition("## Exit codes")[2]
