@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:  # half an environment is none
 
-.PHONY: demo test test-all test-more same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda fakecuda-tests count-fakecuda test-gpu gpu-tests gpu-layers gpu-steps gpu-compiled wheels packages test-package test-power release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
+.PHONY: demo test test-all test-more same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda fakecuda-tests count-fakecuda test-gpu gpu-tests gpu-layers gpu-steps gpu-compiled wheels packages test-package test-power release bench-cluster bench-smoke study unpacked study-smoke docs lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/relora-mora demo
@@ -149,27 +149,29 @@ TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
 FULL_RANK_MUON := name=full,matrices=muon,lr=0.004,seed=0
 MAIN := name=(full,matrices=(muon,lr=0.004|adamw,lr=0.002)|lora,rank=32,matrices=muon,lr=0.004|remora,rank=(32|64),operators=1_2,merge_every=10,merge_until_step=250,.*lr=0.003),seed
 TUNED_UNNAMED := optim.restart_warmup_steps,method.reset,optim.projection_rank
-study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
-	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr --out=docs/studies/memory_tiny
-	$(COMPARE) docs/studies/memory_1000_tiny.jsonl.gz --best=optim.lr --out=docs/studies/memory_1000_tiny
-	$(COMPARE) docs/studies/merges_tiny.jsonl.gz --out=docs/studies/merges_tiny
-	$(COMPARE) docs/studies/base_tiny.jsonl.gz --against=base=bf16,form=resident,seed=0 --unnamed=$(UNNAMED) --out=docs/studies/base_tiny
-	$(COMPARE) docs/studies/length_tiny.jsonl.gz --out=docs/studies/length_tiny
-	$(COMPARE) docs/studies/larger_35m.jsonl.gz --out=docs/studies/larger_35m
-	$(COMPARE) docs/studies/ladder_tiny.jsonl.gz --out=docs/studies/ladder_tiny
-	$(COMPARE) docs/studies/tuned_17m.jsonl.gz --out=docs/studies/tuned_17m
-	$(COMPARE) docs/studies/tuned_length_tiny.jsonl.gz --out=docs/studies/tuned_length_tiny
-	$(COMPARE) docs/studies/ablations_tiny.jsonl.gz --out=docs/studies/ablations_tiny
-	$(COMPARE) docs/studies/embeddings_tiny.jsonl.gz --against=$(TUNED) --out=docs/studies/embeddings_tiny
-	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl.gz muon_tiny.jsonl.gz projected_tiny.jsonl.gz) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
-	$(COMPARE) docs/studies/biomedical_tiny.jsonl.gz --best=optim.lr --out=docs/studies/biomedical_tiny
-	$(COMPARE) docs/studies/continue_tiny.jsonl.gz --out=docs/studies/continue_tiny
-	$(COMPARE) docs/studies/math_tiny.jsonl.gz --best=optim.lr --out=docs/studies/math_tiny
-	$(COMPARE) docs/studies/math_smollm2.jsonl.gz --out=docs/studies/math_smollm2
-	$(COMPARE) docs/studies/tuned_tiny.jsonl.gz --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=$(TUNED_UNNAMED) --out=docs/studies/tuned_tiny
-	$(COMPARE) $(addprefix docs/studies/,tuned_tiny.jsonl.gz tuned_seeds_tiny.jsonl.gz) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_seeds_tiny
-	mkdir -p build && zcat docs/studies/tuned_tiny.jsonl.gz docs/studies/tuned_seeds_tiny.jsonl.gz | grep -E '"name": "$(MAIN)' > build/main_tiny.jsonl
-	$(COMPARE) build/main_tiny.jsonl --unnamed=optim.lr --out=docs/studies/main_tiny
+STUDIES := build/studies
+unpacked:
+	@for each in docs/studies/*.tar.gz; do to=$(STUDIES)/$$(basename $$each .tar.gz); rm -rf $$to; mkdir -p $$to; tar -xzf $$each -C $$to; done
+study: $(VENV)/.installed-dev unpacked  ## tables and figures of the studies in the documents, from what is kept of their runs
+	$(COMPARE) $(STUDIES)/memory_tiny --best=optim.lr --out=docs/studies/memory_tiny
+	$(COMPARE) $(STUDIES)/memory_1000_tiny --best=optim.lr --out=docs/studies/memory_1000_tiny
+	$(COMPARE) $(STUDIES)/merges_tiny --out=docs/studies/merges_tiny
+	$(COMPARE) $(STUDIES)/base_tiny --against=base=bf16,form=resident,seed=0 --unnamed=$(UNNAMED) --out=docs/studies/base_tiny
+	$(COMPARE) $(STUDIES)/length_tiny --out=docs/studies/length_tiny
+	$(COMPARE) $(STUDIES)/larger_35m --out=docs/studies/larger_35m
+	$(COMPARE) $(STUDIES)/ladder_tiny --out=docs/studies/ladder_tiny
+	$(COMPARE) $(STUDIES)/tuned_17m --out=docs/studies/tuned_17m
+	$(COMPARE) $(STUDIES)/tuned_length_tiny --out=docs/studies/tuned_length_tiny
+	$(COMPARE) $(STUDIES)/ablations_tiny --out=docs/studies/ablations_tiny
+	$(COMPARE) $(STUDIES)/embeddings_tiny --against=$(TUNED) --out=docs/studies/embeddings_tiny
+	$(COMPARE) $(addprefix $(STUDIES)/,paper_tiny muon_tiny projected_tiny) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
+	$(COMPARE) $(STUDIES)/biomedical_tiny --best=optim.lr --out=docs/studies/biomedical_tiny
+	$(COMPARE) $(STUDIES)/continue_tiny --out=docs/studies/continue_tiny
+	$(COMPARE) $(STUDIES)/math_tiny --best=optim.lr --out=docs/studies/math_tiny
+	$(COMPARE) $(STUDIES)/math_smollm2 --out=docs/studies/math_smollm2
+	$(COMPARE) $(STUDIES)/tuned_tiny --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=$(TUNED_UNNAMED) --out=docs/studies/tuned_tiny
+	$(COMPARE) $(addprefix $(STUDIES)/,tuned_tiny tuned_seeds_tiny) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_seeds_tiny
+	$(COMPARE) $$(ls -dtr $(STUDIES)/tuned_tiny/runs/* $(STUDIES)/tuned_seeds_tiny/runs/* | grep -E 'runs/$(MAIN)') --unnamed=optim.lr --out=docs/studies/main_tiny
 
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs
 	test -d runs/demo/tokenizer || $(MAKE) --no-print-directory demo

@@ -18,8 +18,8 @@ def main(
     Runs that differ only in the seed share a row with their mean. What is not a run is left out.
 
     Arguments:
-        runs: run folders, or the cells.jsonl of a study, also compressed (NAME.jsonl.gz); perplexities are also given
-            as multiples of the first run's
+        runs: run folders, or the folder of a study for all its runs; perplexities are also given as multiples of the
+            first run's
 
     Options:
         out: a folder for compare.md and, if matplotlib is installed, figures as PNG; it is created if needed, and these
@@ -42,7 +42,7 @@ def main(
     with many_imports():
         from relora_mora.config.load import ConfigError
         from relora_mora.experiments.compare.groups import group_of, group_runs
-        from relora_mora.experiments.compare.runs import TABLE, CompareError, read_runs
+        from relora_mora.experiments.compare.runs import TABLE, CompareError, read_run, run_folders
         from relora_mora.experiments.compare.table import markdown, write_files
 
     if not runs:
@@ -52,12 +52,10 @@ def main(
         raise ConfigError(missing, "the command line")
     found = []
     faults = []
-    for name in runs:
+    for folder in (folder for name in runs for folder in run_folders(Path(name))):
         try:
-            found += read_runs(Path(name))
+            found.append(read_run(folder))
         except CompareError as error:
-            if name.endswith((".jsonl", ".jsonl.gz")):
-                raise  # damaged records are not another kind of file
             faults.append(str(error))
     if not found:
         raise ConfigError(faults, "the command line")

@@ -14,8 +14,7 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     """Runs a grid of settings, and writes a table and figures.
 
     It runs everything that is not done yet; an interrupted run continues where it stopped. Each run has a complete run
-    folder in OUT/runs, its output is in OUT/logs, and finished runs have a record in OUT/cells.jsonl. The table is
-    OUT/compare.md.
+    folder in OUT/runs, and its output is in OUT/logs. The table is OUT/compare.md.
 
     Arguments:
         study: a YAML file, or the name of a shipped one (relora-mora configs)
@@ -28,11 +27,15 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
         relora-mora study memory_tiny --jobs=2
     """
     with many_imports():
-        from relora_mora.experiments.compare.runs import TABLE, CompareError
-        from relora_mora.experiments.study.conduct import CellsFailed, Stopped, check_inputs, conduct
+        from relora_mora.experiments.compare.runs import TABLE
+        from relora_mora.experiments.study.conduct import CellsFailed, Stopped, check_inputs, conduct, known_cells
         from relora_mora.experiments.study.design import read_study
         from relora_mora.experiments.study.folder import StudyFolder
         from relora_mora.supervise.exits import REQUEUE
+
+    def table() -> None:
+        done = [cell for cell in known_cells(plan, folder) if folder.is_done(cell)]
+        compare(*(str(folder.run(cell).path) for cell in done), out=str(folder.path))
 
     plan = read_study(study)
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
@@ -45,10 +48,9 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
         sys.stderr.write("stopped; run the same command again to continue\n")
         return REQUEUE
     except CellsFailed:
-        if folder.kept():
-            with contextlib.suppress(CompareError):
-                compare(str(folder.records), out=str(folder.path))
+        with contextlib.suppress(ValueError):
+            table()
         raise
-    compare(str(folder.records), out=str(folder.path))
-    print(f"done: {cells}; {folder.records}, {folder.path / TABLE}")
+    table()
+    print(f"done: {cells}; {folder.path / 'runs'}, {folder.path / TABLE}")
     return 0

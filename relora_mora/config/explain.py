@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from typing_extensions import is_typeddict
 
+from relora_mora.config.removed import REMOVED
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
 from relora_mora.config.shipped import nearest
@@ -72,6 +73,8 @@ def _explain(items: list[ErrorDetails], model: type[BaseModel]) -> str:
     """The errors of one setting: of each member if its type is a union."""
     _, description, known = _place(items[0], model)
     kind = items[0]["type"]
+    if removed := _removed(items[0], model):
+        return removed
     if kind == "extra_forbidden":
         near = _meant(items[0], model)
         return "unknown; " + (f"did you mean {near}?" if near else f"known here: {', '.join(known)}")
@@ -80,6 +83,14 @@ def _explain(items: list[ErrorDetails], model: type[BaseModel]) -> str:
     shown = redact(repr(items[0]["input"]))  # before it is cut, because a piece of a token would not be recognized
     shown = shown if len(shown) < 80 else shown[:77] + "..."
     return f"got {shown}; {expectation(items)}{description}"
+
+
+def _removed(item: ErrorDetails, model: type[BaseModel]) -> str | None:
+    """What to use in place of a setting or a value that only release 0.2 has; None for others."""
+    section, *rest = (part for part in _place(item, model)[0].split(".") if not part.isdigit())
+    value = "" if item["type"] == "extra_forbidden" else f"={item['input']}"
+    remedy = REMOVED.get(".".join([section, *(rest[-1:] if section == "data" else rest)]) + value)
+    return remedy and f"only release 0.2 has {value[1:] or 'this setting'}; {remedy}"
 
 
 def expectation(items: list[ErrorDetails]) -> str:

@@ -13,7 +13,6 @@ from relora_mora.config.checks.combinations import faults
 from relora_mora.config.data import DataConfig
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, settings_of_others
-from relora_mora.config.removed import without_old_defaults, without_removed
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
 from relora_mora.config.shipped import MODELS, SETTINGS, find_config, nearest, shipped_files, with_names
@@ -148,16 +147,16 @@ def validate(
         raise ConfigError(
             ["grid: this is a study, and not the settings of a run; start it with relora-mora study"], source
         )
-    tree, removed = without_removed(lengths.without_nulls(tree))
+    tree = lengths.without_nulls(tree)
     # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
-    found = [*found, *(f"{name}: {text}" for name, text in (*secrets_in(tree), *removed.items()))]
-    unknown = {".".join(name.split(".")[:2]) for name in removed}
+    found = [*found, *(f"{name}: {text}" for name, text in secrets_in(tree))]
+    unknown: set[str] = set()
     config: Config | None
     try:
         config = Config.model_validate(tree, context={"folder": folder})
     except ValidationError as error:
         found.extend(explain(error))
-        unknown |= doubtful(error)
+        unknown = doubtful(error)
         config = substitute_defaults(tree, error)
     for fault in faults(config, world_size) if config is not None and not stored else ():
         # a fault that involves a setting with a wrong value would be about its default, which nobody asked for
@@ -173,7 +172,7 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
 
     Combinations are not checked again: they were checked when the run began, and the checks may have changed since.
     """
-    return validate(without_old_defaults(tree), source, stored=True)
+    return validate(tree, source, stored=True)
 
 
 def dump(config: Config) -> str:

@@ -4,9 +4,6 @@ A key of ``REMOVED`` is ``section.setting``, or ``section.setting=value`` with a
 element counts. In ``data`` it is also a setting of each source. The text says what to do instead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 _OWN_RULE = "use muon, or a rule of your own as FILE.py:NAME"
 _PROJECTION = "give examples/optimizers/galore.py or apollo.py in optim.matrices, and its settings in optim.rule"
 _SPIKES = "remove it: steps that are not finite are skipped; lower optim.lr or optim.clip against spikes of the loss"
@@ -37,54 +34,3 @@ REMOVED = {
     "train.spike_deviations": _SPIKES,
     "train.spike_window": _SPIKES,
 }
-# what the settings of a run of 0.2 have if it did not use them
-OLD_DEFAULTS: dict[str, Any] = {
-    "data.at_max_epochs": "stop",
-    "data.max_epochs": None,
-    "method.full_steps": 0,
-    "method.sparse_density": 0.03,
-    "optim.lr_full": None,
-    "optim.cautious_decay": False,
-    "optim.projection_every": 200,
-    "optim.projection_rank": 128,
-    "optim.projection_scale": None,
-    "train.on_spike": "flag",
-    "train.spike_deviations": 6.0,
-    "train.spike_window": 128,
-}
-
-
-def without_removed(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree without settings that are removed, and a message for each of them by its dotted name."""
-    faults: dict[str, str] = {}
-
-    def kept(place: tuple[str, ...], given: Any) -> bool:
-        key = _key(place)
-        for value in ("", *(f"={each}" for each in (given if isinstance(given, list) else [given]))):
-            if remedy := REMOVED.get(f"{key}{value}"):
-                faults[".".join(place)] = f"only release 0.2 has {value[1:] or 'this setting'}; {remedy}"
-                return False
-        return True
-
-    return _filtered((), tree, kept), faults
-
-
-def without_old_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of a run of release 0.2 without the removed settings that it did not use."""
-    result: dict[str, Any] = _filtered((), tree, lambda place, given: OLD_DEFAULTS.get(_key(place), ...) != given)
-    return result
-
-
-def _key(place: Sequence[str]) -> str:
-    """``data.max_epochs`` for ``data.train.0.max_epochs``."""
-    return f"data.{place[-1]}" if place[0] == "data" else ".".join(place)
-
-
-def _filtered(place: tuple[str, ...], given: Any, kept: Callable[[tuple[str, ...], Any], bool]) -> Any:
-    """A copy of settings with what is ``kept``, a function of the place and the value."""
-    if isinstance(given, list):
-        return [_filtered((*place, str(number)), each, kept) for number, each in enumerate(given)]
-    if not isinstance(given, Mapping):
-        return given
-    inner = {key: (*place, str(key)) for key, each in given.items()}
-    return {key: _filtered(inner[key], each, kept) for key, each in given.items() if kept(inner[key], each)}

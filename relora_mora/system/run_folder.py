@@ -10,7 +10,6 @@ from typing import Any
 # keys in a line of starts.jsonl
 NOTED = "began_with"  # digests of the files that settings name, by setting
 CHANGED = "changed"  # differences from the resumed checkpoint that affect the result, in words
-CHANGES = "changes"  # only in a study's record, which has one line: the changes of all starts (changes_since_first)
 
 
 class RunFile:
@@ -58,32 +57,6 @@ class RunFolder:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of ``starts.jsonl``, ``metrics.jsonl`` or ``ends.jsonl``, oldest first."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def changes_since_first(starts: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[str]]]:
-    """The steps at which later starts changed something that affects the result, each with these changes.
-
-    The first start has changes if it resumed another run's checkpoint. A start discards the changes of earlier starts
-    that began at its own step or later, because nothing that they trained was kept.
-    """
-    changes = {step: changed for start in starts[:1] for step, changed in start.get(CHANGES, ())}
-    for start in starts[1:]:
-        changes = {step: changed for step, changed in changes.items() if step < start["step"]}
-        if start.get(CHANGED):
-            changes[start["step"]] = start[CHANGED]
-    return list(changes.items())
-
-
-def joined_start(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All starts of a run as one: the newest, with the first one's step, the noted digests and all changes."""
-    if not starts:
-        return {}
-    start = {**starts[-1], "step": starts[0].get("step", 0)}
-    if digests := noted_digests(starts):
-        start[NOTED] = digests
-    if changes := changes_since_first(starts):
-        start[CHANGES] = changes
-    return start
 
 
 def noted_digests(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -120,6 +120,7 @@ MANIFESTS = [
     (_values(lambda values: values["group_steps"].update(adapters=-1)), "group_steps.adapters"),
     (_values(lambda values: values.update(world_size=0)), "world_size"),
     (_values(lambda values: values.update(config={"optim": 3})), "config.optim"),
+    (_values(lambda values: values["config"].update(train={"on_spike": "flag"})), "of release 0.2; use that release"),
     (
         _values(lambda values: values["config"]["optim"].update(matrices=["x"])),
         f"optim.matrices=['x'], but this program only knows {', '.join(MATRIX_OPTIMIZERS)}; use the release",

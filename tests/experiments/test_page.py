@@ -2,19 +2,19 @@
 
 import math
 import re
+import tarfile
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import mean
 
 import pytest
 
 from relora_mora.experiments.compare.groups import group_runs
-from relora_mora.experiments.compare.runs import read_runs
+from relora_mora.experiments.compare.runs import read_run, run_folders
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
 
-STUDIES = {path.name.removesuffix(".jsonl.gz") for path in (ROOT / "docs" / "studies").glob("*_*.jsonl.gz")}
+ARCHIVES = sorted((ROOT / "docs" / "studies").glob("*.tar.gz"))
 TOGETHER = [{"tuned_tiny", "tuned_seeds_tiny"}]  # seeds of the same rows, on the same kind of machine
 PERPLEXITY = re.compile(r"(?<![\d.])\d{3}\.\d(?![\d%])")
 
@@ -58,13 +58,18 @@ TABLES = [table for table in read_tables() if any(map(table.of_one_method, table
 with_names = pytest.mark.parametrize("table", TABLES, ids=[f"{i}. {table.section}" for i, table in enumerate(TABLES)])
 
 
-@cache
-def kept() -> list[set[str]]:
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> list[set[str]]:
     """For each method in the kept studies, the perplexities of its seeds and their means, at every kept step."""
-    sources = [*TOGETHER, *({study} for study in STUDIES.difference(*TOGETHER))]
+    folder = tmp_path_factory.mktemp("studies")
+    for archive in ARCHIVES:
+        with tarfile.open(archive) as stream:
+            stream.extractall(folder / archive.name.removesuffix(".tar.gz"), filter="data")
+    studies_kept = {path.name for path in folder.iterdir()}
+    sources = [*TOGETHER, *({study} for study in studies_kept.difference(*TOGETHER))]
     found: list[set[str]] = []
     for studies in sources:
-        runs = [run for study in studies for run in read_runs(ROOT / "docs" / "studies" / f"{study}.jsonl.gz")]
+        runs = [read_run(run) for study in studies for run in run_folders(folder / study)]
         for group in group_runs(runs):
             values: set[str] = set()
             for name in group.runs[0].validation_sets:
@@ -76,7 +81,7 @@ def kept() -> list[set[str]]:
 
 
 @with_names
-def test_perplexities_are_those_of_kept_runs(table: Table) -> None:
+def test_perplexities_are_those_of_kept_runs(table: Table, kept: list[set[str]]) -> None:
     for row in table.rows:
         for numbers in table.of_one_method(row):
-            assert any(numbers <= of_method for of_method in kept()), f"{sorted(numbers)} of {row}"
+            assert any(numbers <= of_method for of_method in kept), f"{sorted(numbers)} of {row}"

@@ -1,6 +1,6 @@
 """relora-mora study: what it says of bad arguments; `make study-smoke` runs it."""
 
-import gzip
+import json
 import shutil
 from pathlib import Path
 
@@ -9,11 +9,12 @@ import yaml
 
 from relora_mora.config.load import ConfigError
 from relora_mora.experiments.study.conduct import CellsFailed, check_inputs, conduct
-from relora_mora.experiments.study.design import Study
+from relora_mora.experiments.study.design import Study, first_round
 from relora_mora.experiments.study.folder import StudyFolder
+from relora_mora.system.run_folder import RunFolder
+from tests.experiments.compare.folders import write_run
 from tests.experiments.study.tools import BASE, PROGRAM, made_study
 from tests.tools.commands import call, refused
-from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 
 pytestmark = pytest.mark.more
@@ -51,17 +52,20 @@ def test_missing_inputs_of_the_second_round_are_reported_after_the_first(tmp_pat
 
 
 def test_the_table_has_the_other_runs_if_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    records = ROOT / "docs/studies/muon_tiny.jsonl.gz"
+    study, out = tmp_path / "study.yaml", tmp_path / "out"
+    grid = [{"method.name": "mora", "method.rank": [4, 8]}]
+    study.write_text(yaml.dump({"base": BASE, "grid": grid}), encoding="utf-8")
 
     def failing(plan: Study, folder: StudyFolder, *_: object) -> int:
-        folder.path.mkdir()
-        folder.records.write_bytes(gzip.decompress(records.read_bytes()))
-        raise CellsFailed("name=lora,seed=0 did not finish")
+        for cell, losses in zip(first_round(plan), ([9.0, 4.0, 3.0, 2.0, 1.0], [9.0]), strict=True):
+            run = RunFolder(write_run(folder.run(cell).path, losses))
+            run.ends.write_text(json.dumps({"code": int(len(losses) == 1)}) + "\n", encoding="utf-8")
+        raise CellsFailed("rank=8,seed=0 did not finish")
 
     monkeypatch.setattr("relora_mora.experiments.study.conduct.check_inputs", lambda *_: None)
     monkeypatch.setattr("relora_mora.experiments.study.conduct.conduct", failing)
-    result = call(STUDY, ROOT / "configs/study/muon_tiny.yaml", f"--out={tmp_path / 'out'}")
-    refused(result, "name=lora,seed=0 did not finish")
-    assert "| LoRA |" in result.out
-    assert "| LoRA |" in (tmp_path / "out/compare.md").read_text()
+    result = call(STUDY, study, f"--out={out}")
+    refused(result, "rank=8,seed=0 did not finish")
+    assert result.out.count("| ReMoRA ") == 1 and "unfinished" not in result.out
+    assert (out / "compare.md").read_text() == result.out
     assert (tmp_path / "out/loss_by_tokens.png").exists()

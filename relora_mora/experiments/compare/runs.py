@@ -1,10 +1,9 @@
-"""One run, read from its folder or from a study's records: settings, metrics over steps, tokens and time."""
+"""One run, read from its folder: settings, metrics over steps, tokens and time."""
 
-import gzip
+import contextlib
 import json
 import math
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,61 +18,35 @@ from numpy.typing import NDArray
 from relora_mora.config.schema import SETTINGS
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.compare.settings import SEEDS, compared_settings
-from relora_mora.system.run_folder import CHANGES, NOTED, RunFolder, joined_start
+from relora_mora.system.run_folder import CHANGED, RunFolder, noted_digests
 
 
 class CompareError(ValueError):
     """A folder without a run, or runs with nothing in common; the message says what to give instead."""
 
 
-RECORDS = "cells.jsonl"  # in a study's folder
 TABLE = "compare.md"  # in that of a study or a comparison
-FIELDS = {"name", "given", "config", "start", "metrics"}  # of a record
 NEEDED = {"method.name", "train.steps", "train.batch_size", "data.sequence_length"}
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of runs, in file order; the file may be compressed, with a name that ends in .gz.
-
-    Raises :class:`CompareError` if a line is not a record.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
-    records = _objects(content)
-    for number, record in enumerate(records, start=1):
-        if not record.keys() >= FIELDS:
-            raise CompareError(
-                f"{path}, line {number}: not a record of a run; give a run folder or the {RECORDS} of a study; if this "
-                "is such a file, copy it again or remove the line"
-            )
-    return records
-
-
 def _objects(content: bytes) -> list[dict[str, Any]]:
-    """The JSON object of each line; an empty one if a line has none, because a kill may have truncated it."""
+    """The JSON object of each line that has one; a kill may have truncated the last line."""
     objects = []
     for line in content.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        objects.append(value if isinstance(value, dict) else {})
-    return objects
+        with contextlib.suppress(ValueError):
+            objects.append(json.loads(line))
+    return [each for each in objects if isinstance(each, dict)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl.
-
-    ``start``: all its starts as one; empty if the run has not noted any.
-    """
+    """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl; ``starts``:
+    those of starts.jsonl."""
 
     folder: Path
     settings: Mapping[str, Any]
     lines: list[dict[str, Any]]
-    start: dict[str, Any]
+    starts: list[dict[str, Any]]
 
     def series(self, tag: str) -> pd.Series:
         """A metric by step, only finite values; the newest value if a step has several.
@@ -92,8 +65,12 @@ class Run:
     @cached_property
     def compared(self) -> dict[str, Any]:
         """The settings that affect its numbers, without seeds, and with the precision that was chosen."""
-        chosen = {True: "bf16", False: "fp32"}.get(self.start.get("bf16"))  # type: ignore[arg-type]
+        chosen = {True: "bf16", False: "fp32"}.get(self.noted("bf16"))
         return compared_settings({**self.settings, **({"train.precision": chosen} if chosen else {})})
+
+    def noted(self, what: str) -> Any:
+        """What the newest start noted; None if it did not."""
+        return self.starts[-1].get(what) if self.starts else None
 
     @property
     def seed(self) -> tuple[Any, ...]:
@@ -136,15 +113,21 @@ class Run:
 
         Held-out text, which a resume may change, is in ``scored`` instead.
         """
-        return {name: digest for name, digest in self.start.get(NOTED, {}).items() if name != "data.validation"}
+        return {name: digest for name, digest in noted_digests(self.starts).items() if name != "data.validation"}
 
     @property
     def history(self) -> list[tuple[int, list[str]]]:
         """The step at which it began, and (step, changes in words) for each resume that changed something relevant.
 
-        It begins above 0 if it resumed another run's checkpoint.
+        It begins above 0 if it resumed another run's checkpoint. A start discards the changes of earlier starts that
+        began at its own step or later, because nothing that they trained was kept.
         """
-        return [(self.start.get("step", 0), []), *self.start.get(CHANGES, ())]
+        changes: dict[int, list[str]] = {}
+        for start in self.starts[1:]:
+            changes = {step: changed for step, changed in changes.items() if step < start["step"]}
+            if start.get(CHANGED):
+                changes[start["step"]] = start[CHANGED]
+        return [(self.starts[0].get("step", 0) if self.starts else 0, []), *changes.items()]
 
     @cached_property
     def notes(self) -> dict[str, Any]:
@@ -166,26 +149,11 @@ def _tag(of_set: str, metric: str) -> str:
     return f"eval/{of_set}/{metric}" if of_set else f"eval/{metric}"
 
 
-def read_runs(path: Path) -> list[Run]:
-    """Reads the run of a run folder, or the runs in a study's ``cells.jsonl``.
-
-    ``path`` may also be the study's folder, or a compressed copy of the records, such as ``NAME.jsonl.gz``.
-    Raises :class:`CompareError` for anything else.
-    """
-    if (path / RECORDS).is_file() and not RunFolder(path).config.is_file():
-        path /= RECORDS
-    if not path.is_file():
-        return [read_run(path)]
-    study = path.parent if path.name.startswith(RECORDS) else path.with_name(path.name.partition(".jsonl")[0])
-    runs = []
-    for record in read_records(path):
-        given = record["given"]
-        lengths = given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction")
-        folder = study / "runs" / record["name"]  # it may have been deleted
-        runs.append(Run(folder, _settings(record["config"], path, *lengths), record["metrics"], record["start"]))
-    if not runs:
-        raise CompareError(f"{path}: has no run; give a run folder, or the cells.jsonl of a study with a finished run")
-    return runs
+def run_folders(path: Path) -> list[Path]:
+    """The runs in the folder of a study, in the order in which they began; for any other folder, only itself."""
+    configs = [] if RunFolder(path).config.is_file() else [RunFolder(run).config for run in path.glob("runs/*")]
+    began = sorted((config.stat().st_mtime, config.parent) for config in configs if config.is_file())
+    return [run for _, run in began] or [path]
 
 
 def read_run(folder: Path) -> Run:
@@ -208,19 +176,12 @@ def read_run(folder: Path) -> Run:
         tree = parse_yaml(files.config.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
-    start = joined_start([*filter(None, starts)])
-    return Run(folder, _settings(tree, files.config, start.get("epochs"), start.get("warmup_fraction")), lines, start)
-
-
-def _settings(tree: Any, source: Path, epochs: float | None, warmup_fraction: float | None) -> dict[str, Any]:
-    """All settings by dotted name; settings that are newer than the run get their defaults.
-
-    The epochs and the warmup fraction are those that the run was given; its config has them converted to steps.
-    """
     sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
     given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     if not given.keys() >= NEEDED:
-        raise CompareError(f"{source}: not the settings of a run; give the train.run_dir of a run")
-    defaults = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
-    fraction = None if epochs is None else warmup_fraction
-    return {**defaults, **given, "train.epochs": epochs, "optim.warmup_fraction": fraction}
+        raise CompareError(f"{files.config}: not the settings of a run; give the train.run_dir of a run")
+    newer = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
+    newest = starts[-1] if starts else {}
+    epochs = newest.get("epochs")  # the config has them, and the fraction, converted to steps
+    lengths = {"train.epochs": epochs, "optim.warmup_fraction": epochs and newest.get("warmup_fraction")}
+    return Run(folder, newer | given | lengths, lines, starts)

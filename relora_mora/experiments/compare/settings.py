@@ -10,7 +10,6 @@ import pandas as pd
 from relora_mora.config.checks.combinations import unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
 from relora_mora.config.registry import METHODS, optimizer_named
-from relora_mora.config.removed import OLD_DEFAULTS
 
 SEEDS = ("train.seed", "data.seed")
 # settings that do not affect a run's numbers, or that follow from other settings
@@ -33,17 +32,6 @@ _IGNORED = {
     "train.run_dir",
     "train.tokens",
 }
-# kept records of release 0.2 name what later releases no longer have
-_OLD_METHODS = {"sltrain": "SLTrain"}  # LoRA with a sparse matrix
-_OLD_OPTIMIZERS = {
-    "apollo": "APOLLO",
-    "apollo_mini": "APOLLO-Mini",
-    "fira": "Fira",
-    "galore": "GaLore",
-    "lora_muon": "LoRA-Muon",
-    "normuon": "NorMuon",
-    "sumo": "SUMO",
-}
 
 
 def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,9 +51,8 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that have an effect; only the first of the operators if they never alternate."""
-    name = "lora" if settings["method.name"] in _OLD_METHODS else settings["method.name"]
-    unused = {*unused_settings({**settings, "method.name": name})}
-    unused |= {name for name, default in OLD_DEFAULTS.items() if settings.get(name) == default}
+    name = settings["method.name"]
+    unused = unused_settings(settings)
     used = {name: value for name, value in settings.items() if name not in unused}
     if name in METHODS and not METHODS[name].merges and "method.operators" in used:
         used["method.operators"] = used["method.operators"][:1]
@@ -85,7 +72,7 @@ def texts_of(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def method_title(settings: Mapping[str, Any]) -> str:
     """The method's title with its cycle of operators if that is longer than one, such as ``ReMoRA (1, 2)``."""
     name = settings["method.name"]
-    title = METHODS[name].title if name in METHODS else _OLD_METHODS.get(name, name)
+    title = METHODS[name].title if name in METHODS else name
     operators = settings.get("method.operators", ())
     return f"{title} ({_shown(operators)})" if len(operators) > 1 else title
 
@@ -93,11 +80,10 @@ def method_title(settings: Mapping[str, Any]) -> str:
 def differences(compared: Sequence[Mapping[str, Any]], unnamed: Sequence[str]) -> list[str]:
     """For each run, the settings without ``unnamed`` in which it differs from others, in words.
 
-    Runs without a setting do not count, except for those of release 0.2.
+    Runs without a setting do not count.
     """
     given = [_without_title(each) for each in compared]
     texts = texts_of(given)
-    texts = texts.fillna({name: as_text(value) for name, value in OLD_DEFAULTS.items() if name in texts})
     names = [name for name in texts if texts[name].nunique() > 1 and name not in unnamed]
     return [", ".join(_named(name, each[name]) for name in names if each.get(name) not in (None, {})) for each in given]
 
@@ -113,7 +99,7 @@ def _named(name: str, value: Any) -> str:
     """Such as ``rank 32``; matrix optimizers only by their names."""
     if name == "optim.matrices":
         optimizer = optimizer_named(value)
-        return _OLD_OPTIMIZERS.get(value, value) if optimizer is None else optimizer.title
+        return str(value) if optimizer is None else optimizer.title
     title = name.partition(".")[2].replace("_", " ")
     return f"{title} {_shown(value).removeprefix(title.rpartition(' ')[2] + ' ')}"  # not "merge every every 10"
 
@@ -135,5 +121,4 @@ def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     model = TextSource if "source" in values else RecordsConfig if "kind" in values else None
     fields = {} if model is None else model.model_fields
     defaults = {name: field.get_default() for name, field in fields.items() if name not in ("source", "kind")}
-    defaults["at_max_epochs"] = "stop"  # of release 0.2
     return {name: each for name, each in values.items() if each is not None and each != defaults.get(name)}

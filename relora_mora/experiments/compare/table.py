@@ -34,7 +34,7 @@ def markdown(groups: Sequence[Group], reference: Group) -> str:
     if any(len(group.runs) > 1 for group in groups):
         columns["seeds"] = [str(len(group.runs)) for group in groups]
     counts: list[dict[str, int]] = [
-        next((c for run in group.runs if (c := run.start.get("parameters"))), {}) for group in groups
+        next((c for run in group.runs if (c := run.noted("parameters"))), {}) for group in groups
     ]
     for what in ("trainable", "adapters"):
         columns[what] = [count(each.get(what)) for each in counts]

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from relora_mora.experiments.compare.runs import read_run
 from relora_mora.experiments.study.design import Cell, Study, count, first_round, second_round
-from relora_mora.experiments.study.folder import StudyFolder, cell_configs, checked, final_metric, write_records
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs, checked, final_metric
 from relora_mora.system.bars import Bar, is_watched
 from relora_mora.system.process import ending_with_me, say
 
@@ -48,7 +49,7 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
 
 
 def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int) -> int:
-    """Runs every cell that is not done, ``jobs`` at a time, and records each; returns the number of records.
+    """Runs every cell that is not done, ``jobs`` at a time; returns the number of cells.
 
     ``program`` is the command that trains, as arguments of Python. Before the first run it raises
     :class:`ConfigError` if any settings are wrong, and ValueError if a cell was started earlier with other settings or
@@ -59,7 +60,6 @@ def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int
     with Bar("study", "run", total=count(study), after=0.0) as bar:
 
         def note(running: Sequence[Cell] = ()) -> None:
-            write_records(cells, folder)
             names = " ".join(cell.name for cell in running)
             done = len(cells) - len(folder.missing(cells))
             bar.note(names)
@@ -81,12 +81,10 @@ def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int
 def known_cells(study: Study, folder: StudyFolder) -> list[Cell]:
     """The cells of the first round, and those of the second round that the results so far choose."""
     cells = first_round(study)
-    write_records(cells, folder)
     if study.choose is not None:
-        kept = folder.kept()
-        results = {cell: final_metric(kept[cell.name], study.choose.metric) for cell in cells if cell.name in kept}
+        runs = {cell: read_run(folder.run(cell).path) for cell in cells if folder.is_done(cell)}
+        results = {cell: final_metric(run, study.choose.metric) for cell, run in runs.items()}
         cells += second_round(study, {cell: result for cell, result in results.items() if result is not None})
-        write_records(cells, folder)
     return cells
 
 

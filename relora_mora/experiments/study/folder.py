@@ -1,4 +1,4 @@
-"""A study's folder: a run folder for each cell, with settings and logs; and records, which outlive the run folders."""
+"""A study's folder: a run folder for each cell, with settings and logs."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,25 +10,20 @@ from relora_mora.config.checks.data import missing_metric
 from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
-from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.experiments.compare.runs import RECORDS, read_records
+from relora_mora.experiments.compare.runs import Run
 from relora_mora.experiments.compare.settings import as_text, compared_settings, used_settings
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
 from relora_mora.system.files import write_synced
-from relora_mora.system.run_folder import RunFolder, joined_start, read_json_lines
-
-KEPT_LINES = 40  # of training, evenly over the steps; all evaluations are kept
-NOT_KEPT = ("command", "host")  # of a start, because they are local
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 T = TypeVar("T")
 V = TypeVar("V")
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Paths and records of a study. Its runs are complete run folders that can be resumed, exported and so on."""
+    """Paths of a study. Its runs are complete run folders that can be resumed, exported and so on."""
 
     path: Path
 
@@ -42,118 +37,64 @@ class StudyFolder:
     def log(self, cell: Cell) -> Path:
         return self.path / "logs" / f"{cell.name}.txt"
 
-    @property
-    def records(self) -> Path:
-        """JSON lines, one for each finished run: the record that :func:`write_records` writes."""
-        return self.path / RECORDS
-
-    def kept(self) -> dict[str, Record]:
-        """The records by cell name; another machine may have written them. Raises ValueError if the file is damaged."""
-        records = read_records(self.records) if self.records.exists() else []
-        return {record["name"]: record for record in records}
-
     def missing(self, cells: Sequence[Cell]) -> list[Cell]:
-        """The cells without a record, from here or from another machine."""
-        kept = self.kept()
-        return [cell for cell in cells if cell.name not in kept]
+        """The cells whose run has not finished."""
+        return [cell for cell in cells if not self.is_done(cell)]
 
-    def has_run(self, cell: Cell) -> bool:
-        """Whether the run finished successfully and its folder is here, so that it can be recorded."""
+    def is_done(self, cell: Cell) -> bool:
+        """Whether the run finished successfully."""
         try:
             ends = read_json_lines(self.run(cell).ends)
         except (OSError, ValueError):  # missing, or truncated because the disk was full: the cell runs again
             return False
-        return bool(ends) and ends[-1]["code"] == FINISHED and self.settings(cell).exists()
+        return bool(ends) and ends[-1]["code"] == FINISHED
 
     def begin(self, configs: Mapping[Cell, Config]) -> None:
         """Writes the settings of cells. Cells that read the same revision of the hub get the same commit of it.
 
-        Raises ValueError if a cell was started or finished with other settings, and SourceError if the hub does not
-        answer. If a cell's model, text or tokenizer have changed since, the comparison says so.
+        Raises ValueError if a cell was started with other settings, and SourceError if the hub does not answer. If a
+        cell's model, text or tokenizer have changed since, the comparison says so.
         """
         from relora_mora.data.named_sets import with_commits  # a late import: it loads all data readers
 
-        kept = self.kept()
+        folder = self.path / "settings"
+        folder.mkdir(parents=True, exist_ok=True)
+        given = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
         # a run writes its config only after it has found no fault in its settings
-        begun = (cell for cell in configs if self.run(cell).config.exists() or cell.name in kept)
+        begun = (cell for cell in configs if self.run(cell).config.exists() and self.settings(cell) in given)
         faults = [
-            f"{self.run(cell).path} was started with other settings ({changed}); remove it, {self.settings(cell)} and "
-            f"its line in {self.records}, give another --out, or put back what has changed"
+            f"{self.run(cell).path} was started with other settings ({changed}); remove it and {self.settings(cell)}, "
+            "give another --out, or put back what has changed"
             for cell in begun
-            if (changed := self._changed_settings(cell, configs[cell]))
+            if (changed := _changed_settings(given[self.settings(cell)], configs[cell]))
         ]
         if faults:
             raise ValueError("\n".join(faults))
-        folder = self.path / "settings"
-        folder.mkdir(parents=True, exist_ok=True)
-        given = [record["given"] for record in kept.values()]
-        given += [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-        commits = {revision: commit for tree in given for revision, commit in tree["data"].get("commits", {}).items()}
+        commits = {
+            revision: commit for tree in given.values() for revision, commit in tree["data"].get("commits", {}).items()
+        }
         for cell, config in configs.items():
             data = with_commits(config.data.model_copy(update={"commits": commits | config.data.commits}))
             commits |= data.commits
             tree = tree_of(config.model_copy(update={"data": data}))
             write_synced(self.settings(cell), json.dumps(tree, ensure_ascii=False) + "\n")
 
-    def _changed_settings(self, cell: Cell, config: Config) -> str:
-        """The settings that differ from those with which the cell was started."""
-        known = stored_config(self.given(cell), str(self.settings(cell)))  # newer settings get their defaults
-        compared = compared_settings(known.by_name).keys() | compared_settings(config.by_name).keys()
-        compared -= {"data.commits"}  # a resume compares the text at its commits itself
-        return ", ".join(sorted(name for name in compared if known.by_name[name] != config.by_name[name]))
 
-    def given(self, cell: Cell) -> dict[str, Any]:
-        """The settings that the cell was started with."""
-        path = self.settings(cell)
-        return dict(json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.kept()[cell.name]["given"])
+def _changed_settings(given: Mapping[str, Any], config: Config) -> str:
+    """The settings that differ from those with which a cell was started."""
+    known = stored_config(given, "the cell's settings")  # newer settings get their defaults
+    compared = compared_settings(known.by_name).keys() | compared_settings(config.by_name).keys()
+    compared -= {"data.commits"}  # a resume compares the text at its commits itself
+    return ", ".join(sorted(name for name in compared if known.by_name[name] != config.by_name[name]))
 
 
-def write_records(cells: Sequence[Cell], folder: StudyFolder) -> None:
-    """Writes one line for each finished cell, in the order of ``cells``.
-
-    A line has the cell's ``name`` and ``seed``; ``given``, all settings that it was started with; ``config``, these
-    settings as the run resolved them; ``start``, the commit, versions and machine of the last start and the ``step`` of
-    the first; and ``metrics``, the part of ``metrics.jsonl`` that tables and figures need. Existing lines stay; lines
-    of cells outside ``cells`` come last.
-    """
-    kept = folder.kept()
-    new = {cell.name: _record(cell, folder) for cell in cells if cell.name not in kept and folder.has_run(cell)}
-    if new:
-        records = {**kept, **new}
-        names = dict.fromkeys([*(cell.name for cell in cells), *records])
-        write_synced(folder.records, "".join(json.dumps(records[name]) + "\n" for name in names if name in records))
-
-
-def _record(cell: Cell, folder: StudyFolder) -> Record:
-    run = folder.run(cell)
-    start = joined_start(read_json_lines(run.starts))
-    return {
-        "name": cell.name,
-        "seed": cell.seed,
-        "given": folder.given(cell),
-        "config": parse_yaml(run.config.read_text(encoding="utf-8")),
-        "start": {key: value for key, value in start.items() if key not in NOT_KEPT},
-        "metrics": _thinned(read_json_lines(run.metrics)),
-    }
-
-
-def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All evaluations, and some lines of the training with the last one."""
-    training = [number for number, line in enumerate(lines) if "train/loss" in line]
-    some = {*training[:: max(1, -(-len(training) // KEPT_LINES))], *training[-1:]}
-    return [line for number, line in enumerate(lines) if number in some or any(tag.startswith("eval/") for tag in line)]
-
-
-def final_metric(record: Record, metric: str) -> float | None:
-    """The metric at the last step of a recorded run; None if it is not finite. Raises ValueError if it is missing."""
-    steps = record["config"]["train"]["steps"]
-    values: list[float | None] = [
-        line[metric] for line in record["metrics"] if metric in line and line["step"] == steps
-    ]
+def final_metric(run: Run, metric: str) -> float | None:
+    """The metric at the last step of a finished run; None if it is not finite. Raises ValueError if it is missing."""
+    values = [line[metric] for line in run.lines if metric in line and line["step"] == run.steps]
     if not values:
         raise ValueError(
-            f"choose: {record['name']} has no {metric} of its last step, {steps}; remove the run's folder and its line "
-            "in the records, so that the study repeats the run"
+            f"choose: {run.folder} has no {metric} of its last step, {run.steps}; remove the folder, so that the "
+            "study repeats the run"
         )
     return values[-1]
 

@@ -8,7 +8,6 @@ from typing import Any
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.config.data import as_sources, is_mixture
 from relora_mora.config.registry import METHODS, RULE_SETTINGS, is_own, settings_of_others, split_rule
-from relora_mora.config.removed import without_old_defaults
 from relora_mora.config.schema import DECODER_LINEARS, SETTINGS, lanes_of, may_change
 from relora_mora.model.config import compared_keys, stored_model_config
 
@@ -84,8 +83,7 @@ def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]
 def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
     """All settings by dotted name. One that an older version did not have has its default."""
     defaults = {name: field.get_default() for name, field in SETTINGS.items() if not field.is_required()}
-    given = without_old_defaults(config)
-    return defaults | {f"{section}.{key}": value for section, values in given.items() for key, value in values.items()}
+    return defaults | {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

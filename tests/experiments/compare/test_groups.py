@@ -112,7 +112,7 @@ def test_a_run_scored_on_other_text_is_not_another_seed(tmp_path: Path) -> None:
     texts = ("a text", "another", "a text", None)
     runs = [made_run(tmp_path / f"run{seed}", digest=text, train={"seed": seed}) for seed, text in enumerate(texts)]
     for run, text in zip(runs, ("as the settings name it", "something else", None, None), strict=True):
-        run.start["began_with"] = {} if text is None else {"data.validation": text}  # which a resume may change
+        run.starts[-1]["began_with"] = {} if text is None else {"data.validation": text}  # which a resume may change
     groups = group_runs(runs)
     assert [[run.folder.name for run in group.runs] for group in groups] == [["run0", "run2", "run3"], ["run1"]]
     assert groups[1].label == "ReMoRA (1, 2), run1"

@@ -1,16 +1,15 @@
 """What can be read from a run folder: tokens, held-out sets, and whether the run has finished."""
 
-import gzip
 import json
-from dataclasses import replace
+import os
 from pathlib import Path
 
 import pytest
 
 from relora_mora.experiments.compare.groups import group_runs
-from relora_mora.experiments.compare.runs import CompareError, read_run, read_runs
+from relora_mora.experiments.compare.runs import CompareError, read_run, run_folders
 from relora_mora.system.run_folder import RunFolder
-from tests.experiments.compare.folders import TOKENS, made_run, write_run
+from tests.experiments.compare.folders import TOKENS, write_run
 from tests.tools.each import each
 
 
@@ -71,36 +70,14 @@ def test_non_finite_numbers_and_a_truncated_line_are_left_out(tmp_path: Path) ->
     assert read_run(folder).last_step == 11
 
 
-def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
-    run = made_run(tmp_path / "a")
-    tree: dict[str, dict[str, object]] = {}
-    for name, value in run.settings.items():
-        section, _, key = name.partition(".")
-        tree.setdefault(section, {})[key] = value
-    given = tree | {"train": tree["train"] | {"epochs": 3.0}}
-    record = {"name": "cell", "seed": 0, "given": given, "config": tree, "start": run.start, "metrics": run.lines}
-    (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
-    kept, other = read_runs(tmp_path / "cells.jsonl")
-    assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
-    assert kept.is_finished
-    assert kept.start == run.start
-    assert kept.settings["train.epochs"] == 3.0, "the config has their steps"
-    assert [run.folder for run in read_runs(tmp_path)] == [kept.folder, other.folder], "by the study's folder"
-    for copy in ("first", "second"):
-        (tmp_path / f"{copy}.jsonl").write_text(json.dumps(record) + "\n")
-        assert read_runs(tmp_path / f"{copy}.jsonl")[0].folder == tmp_path / copy / "runs/cell"
-    whole = gzip.compress((tmp_path / "first.jsonl").read_bytes())
-    (tmp_path / "third.jsonl.gz").write_bytes(whole)
-    [compressed] = read_runs(tmp_path / "third.jsonl.gz")
-    assert compressed == replace(kept, folder=tmp_path / "third/runs/cell")
-    for damaged in (whole[:-9], b"{}\n", whole[:20] + b"damage" + whole[26:]):
-        (tmp_path / "third.jsonl.gz").write_bytes(damaged)
-        with pytest.raises(CompareError, match=r"third\.jsonl\.gz: cannot be decompressed"):
-            read_runs(tmp_path / "third.jsonl.gz")
-    for line in ("{}", "words", json.dumps(record)[:-40]):
-        (tmp_path / "cells.jsonl").write_text(json.dumps(record) + f"\n{line}\n")
-        with pytest.raises(CompareError, match=r"cells\.jsonl, line 2: not a record of a run"):
-            read_runs(tmp_path / "cells.jsonl")
+def test_the_runs_of_a_study_are_in_the_order_in_which_they_began(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs" / name, [9.0]) for name in ("b", "c", "a")]
+    for time, run in enumerate(runs):
+        os.utime(RunFolder(run).config, (time, time))
+    (tmp_path / "runs/refused").mkdir()
+    assert run_folders(tmp_path) == runs
+    assert run_folders(runs[0]) == runs[:1]
+    assert run_folders(tmp_path / "runs") == [tmp_path / "runs"]
 
 
 def test_paths_without_a_run_are_reported(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a study runs, keeps and prints, with a stand-in for the trainer, and how it stops and continues."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from relora_mora.experiments.study.conduct import CellsFailed, conduct
+from relora_mora.experiments.compare.runs import Run
+from relora_mora.experiments.study.conduct import CellsFailed, conduct, known_cells
 from relora_mora.experiments.study.design import first_round, read_study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs, final_metric
 from relora_mora.system.run_folder import read_json_lines
@@ -24,24 +26,19 @@ from tests.tools.jobs import lives
 
 
 @pytest.mark.more
-def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
+def test_runs_what_is_missing(tmp_path: Path):
     study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"}, threads=3)
     folder = StudyFolder(tmp_path)
     assert conduct(study, folder, PROGRAM, 4) == 8
-    records = read_json_lines(folder.records)
-    best = records[-1]
-    assert best["name"] == "name=mora,rank=16,lr=0.003,seed=1"
-    assert best["config"]["optim"]["lr"] == 0.003
-    assert best["config"]["method"]["rank"] == 16
-    start = {"commit": "abc", "threads": 2, "omp_num_threads": "3"}
-    assert best["start"] == {**start, "step": 0}
-    steps = best["config"]["train"]["steps"]
-    training, evaluated = best["metrics"]
-    assert (training["step"], training["train/loss"]) == (steps // 2, 5.0)
-    assert evaluated == {"step": steps, "eval/loss": 0.01}
-    assert "some words of the run" in folder.log(first_round(study)[0]).read_text(encoding="utf-8")
-
-    assert best["given"]["optim"]["lr"] == 0.003
+    cells = known_cells(study, folder)
+    assert not folder.missing(cells)
+    best = cells[-1]
+    assert best.name == "name=mora,rank=16,lr=0.003,seed=1"
+    [start] = read_json_lines(folder.run(best).starts)
+    assert start["omp_num_threads"] == "3"
+    assert read_json_lines(folder.run(best).metrics)[-1]["eval/loss"] == 0.01
+    assert json.loads(folder.settings(best).read_text(encoding="utf-8"))["optim"]["lr"] == 0.003
+    assert "some words of the run" in folder.log(cells[0]).read_text(encoding="utf-8")
 
     starts = {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")}
     assert len(starts) == 8
@@ -58,18 +55,18 @@ def test_a_run_whose_end_is_cut_off_or_not_the_last_is_not_finished(tmp_path: Pa
     run = folder.run(cell)
     run.path.mkdir(parents=True)
     run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
-    assert folder.has_run(cell)
+    assert folder.is_done(cell)
     run.ends.write_text(ends, encoding="utf-8")
-    assert not folder.has_run(cell)
+    assert not folder.is_done(cell)
 
 
 def test_a_run_is_chosen_by_its_last_step_and_not_by_an_earlier_one():
     """A full disk costs lines of metrics, but not the run."""
     lines = [{"step": 1, "eval/loss": 1.0}, {"step": 2, "eval/loss": None}, {"step": 2, "eval/loss": 2.0}]
-    record = {"name": "a", "config": {"train": {"steps": 2}}}
-    assert [final_metric(record | {"metrics": [lines[0], last]}, "eval/loss") for last in lines[1:]] == [None, 2.0]
+    runs = [Run(Path("a"), {"train.steps": 2}, [*lines[:1], *last], []) for last in (lines[1:2], lines[2:], [])]
+    assert [final_metric(run, "eval/loss") for run in runs[:2]] == [None, 2.0]
     with pytest.raises(ValueError, match="a has no eval/loss of its last step, 2; remove"):
-        final_metric(record | {"metrics": lines[:1]}, "eval/loss")
+        final_metric(runs[2], "eval/loss")
 
 
 @pytest.mark.more
@@ -78,7 +75,7 @@ def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
     folder = StudyFolder(tmp_path)
     with pytest.raises(CellsFailed, match=r"lr=1.0,seed=0 did not finish; the end of .*\n.*\n  it diverged"):
         conduct(study, folder, PROGRAM, 1)
-    assert [record["name"] for record in read_json_lines(folder.records)] == ["name=mora,lr=0.003,seed=0"]
+    assert [cell.name for cell in folder.missing(first_round(study))] == ["name=mora,lr=1.0,seed=0"]
 
 
 def _conducting(tmp_path: Path, rates: list[float], **pipes: Any) -> tuple[Path, StudyFolder, Any]:
@@ -115,11 +112,9 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
         os.kill(process.pid, number)
         said, _ = process.communicate(timeout=120)
     assert said == "stopped\n"
-    assert folder.missing([waiting])
-    assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in others]
+    assert folder.missing([waiting, *others]) == [waiting]
     assert conduct(read_study(study), folder, PROGRAM, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
-    assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
 
 @pytest.mark.more

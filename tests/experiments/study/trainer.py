@@ -31,12 +31,7 @@ def main() -> int:
         "threads": min(2, int(os.environ["OMP_NUM_THREADS"])),  # as on a machine with two cores
         "omp_num_threads": os.environ["OMP_NUM_THREADS"],
     }
-    settled = {
-        "train": {"steps": steps},
-        "method": {"rank": settings["method"]["rank"]},
-        "optim": {"lr": rate},
-    }
-    (folder / "config.yaml").write_text(yaml.dump(settled), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.dump(settings), encoding="utf-8")
     _append(folder / "starts.jsonl", {**start, "step": 0 if first else steps // 2})
     _append(folder / "metrics.jsonl", {"step": steps // 2, "time": time.time(), "train/loss": 5.0, "perf/mfu": 0.1})
     print("some words of the run", flush=True)
