@@ -4,9 +4,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.config.schema import Config
 from relora_mora.distributed.collectives import (
     from_first_rank,
@@ -14,13 +11,11 @@ from relora_mora.distributed.collectives import (
     is_device_failure,
     is_peer_failure,
     leave_together,
-    on_all_ranks,
 )
 from relora_mora.distributed.join import CHECKS, JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
 from relora_mora.supervise.exits import FAILED, USER_ERROR
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
-from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import LOST_DISK
@@ -28,12 +23,11 @@ from relora_mora.system.hardware import compute_deterministically, ran_out_of_me
 from relora_mora.system.logs import counted, log, setup_logging
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.train.begin.build import Run, build, warm_up
-from relora_mora.train.begin.inputs import READING_SECONDS, Inputs, agree, open_inputs, with_whole_text
-from relora_mora.train.begin.run_folder import check_shared, write_run_folder
+from relora_mora.train.begin.build import build, described, warm_up
+from relora_mora.train.begin.inputs import agree, open_inputs, with_whole_text
+from relora_mora.train.begin.run_folder import write_run_folder
 from relora_mora.train.loop.loop import Trainer
-from relora_mora.train.state.resume import begin, checkpoint_at, resume, where_to_resume
-from relora_mora.train.state.run_state import RunState
+from relora_mora.train.state.resume import begin, checkpoint_at, resume, take_folder
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -66,7 +60,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         rank, world_size = _join(config, guard)
         inputs = from_first_rank(lambda: open_inputs(config, world_size))  # all checks; nothing is built
         inputs = agree(inputs, config, rank)
-        where, mirror = _take_folder(inputs, rank, guard)
+        where, mirror = take_folder(inputs, rank, guard)
         inputs = with_whole_text(inputs, guard)
         guard.begin("reading the checkpoint", within=LONG_SECONDS)
         inputs = replace(inputs, checkpoint=checkpoint_at(where, inputs, rank))
@@ -76,7 +70,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         state = resume(run, inputs.checkpoint) if inputs.checkpoint else begin(run)
         warm_up(run, state.step, guard)
     from_first_rank(lambda: write_run_folder(inputs, state))
-    log.info("%s", _describe(run, state))
+    log.info("%s", described(run, state.step))
     give_back_freed_memory()
     return _fit(Trainer(run, state, guard, mirror), guard)
 
@@ -100,32 +94,6 @@ def _join(config: Config, guard: Guard) -> tuple[int, int]:
             guard.watch_peers(watch)
             guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
     return rank, world_size
-
-
-def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Path | None, Mirror | None]:
-    """Takes the run folder and its mirror for this job; a collective.
-
-    Returns where the run goes on (see :func:`where_to_resume`) and, on the first rank, the mirror, which has filled an
-    empty run folder.
-    """
-    config, folder = inputs.config, inputs.folder
-    lock = RunLock(folder.path, guard.folder_lost)
-    content = from_first_rank(lock.acquire)
-    if rank == 0:
-        guard.hold(lock)
-    on_all_ranks(lambda: check_shared(folder.lock, content))
-    guard.record_in(folder.path)
-    store = config.checkpoint.mirror
-    mirror = Mirror(store, folder) if store is not None and rank == 0 else None
-
-    def find() -> Path | None:
-        if mirror is not None:
-            mirror.claim()
-            mirror.fetch(config.train.resume)
-        return where_to_resume(config)
-
-    guard.begin("looking for a checkpoint", within=LONG_SECONDS if store is None else READING_SECONDS)
-    return from_first_rank(find), mirror
 
 
 def _fit(trainer: Trainer, guard: Guard) -> int:
@@ -160,20 +128,4 @@ def _memory_shortage(config: Config) -> ValueError:
         f"train.micro_batch_size: {sequences} of {config.data.sequence_length} tokens, the model and its optimizer "
         "need more memory than the device or its host has; lower it (or eval.micro_batch_size, if it happened in an "
         "evaluation), or see what a run needs with relora-mora plan"
-    )
-
-
-def _describe(run: Run, state: RunState) -> str:
-    """Describes the run, its device and its batch in one line."""
-    config = run.config
-    engine = run.engine
-    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
-    precision = "bf16" if engine.bf16 else "fp32"
-    ranks = counted(engine.world_size, "rank")
-    batch = counted(config.train.batch_size, "sequence")
-    return (
-        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}; a step has {batch} of "
-        f"{config.data.sequence_length} tokens, {config.accumulation_steps(engine.world_size)} x "
-        f"{config.train.micro_batch_size} on each rank; "
-        f"step {state.step} of {config.train.steps}; run folder {config.train.run_dir}"
     )

@@ -47,8 +47,10 @@ def trace(settings: str, *changes: str) -> None:
         sys.setprofile(None)
     files = {called for _, _, called, _ in calls}
     returns = Counter(caller for caller, _, called, _ in calls if caller.split("/")[0] != called.split("/")[0])
-    own = returns["train/pretrain.py"]
-    print(f"{len(files)} files; another room returns to {returns.total()} places, {own} of them in train/pretrain.py")
+    start = "train/pretrain.py"
+    entered = len({called for caller, _, called, _ in calls if caller == start} - {start})
+    print(f"{len(files)} files; another room returns to {returns.total()} places")
+    print(f"{start} itself enters {entered} files, and another room returns to {returns[start]} places in it")
     print(f"a batch comes through {len(batch)} files:", *sorted(batch))
 
 

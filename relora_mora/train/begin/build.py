@@ -37,7 +37,7 @@ from relora_mora.optim.groups import (
 from relora_mora.schedule import Schedule
 from relora_mora.sizing.fit import choose_forms, uneven_widths
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
-from relora_mora.system.logs import log, shared_log
+from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.train.begin.inputs import Inputs
 from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.load import start_config, start_weights
@@ -250,3 +250,19 @@ def warm_up(run: Run, step: int, guard: Guard) -> None:
             if training:  # autograd.grad discards the gradients without triggering ZeRO's hooks
                 torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
     set_operators(lm, before)
+
+
+def described(run: Run, step: int) -> str:
+    """Describes the run, its device and its batch in one line."""
+    config = run.config
+    engine = run.engine
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+    precision = "bf16" if engine.bf16 else "fp32"
+    ranks = counted(engine.world_size, "rank")
+    batch = counted(config.train.batch_size, "sequence")
+    return (
+        f"{config.method.name} on {ranks} ({device}), ZeRO-{engine.stage}, {precision}; a step has {batch} of "
+        f"{config.data.sequence_length} tokens, {config.accumulation_steps(engine.world_size)} x "
+        f"{config.train.micro_batch_size} on each rank; "
+        f"step {step} of {config.train.steps}; run folder {config.train.run_dir}"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from relora_mora.adapters.mora import set_operators
 from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.layout import CheckpointError, Manifest, list_checkpoints
+from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.reader import (
     CheckpointReader,
     at_best,
@@ -27,14 +28,42 @@ from relora_mora.data.lanes import merge_states, start_states
 from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.optim.groups import make_schedule
+from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.supervise.lock import RunLock
 from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.identity import changes_since
-from relora_mora.train.begin.inputs import Inputs
-from relora_mora.train.begin.run_folder import abandon_records
+from relora_mora.train.begin.inputs import READING_SECONDS, Inputs
+from relora_mora.train.begin.run_folder import abandon_records, check_shared
 from relora_mora.train.state.run_state import RunState, TrainingError
 from relora_mora.weights.digests import other_weights
+
+
+def take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Path | None, Mirror | None]:
+    """Takes the run folder and its mirror for this job; a collective.
+
+    Returns where the run goes on (see :func:`where_to_resume`) and, on the first rank, the mirror, which has filled an
+    empty run folder.
+    """
+    config, folder = inputs.config, inputs.folder
+    lock = RunLock(folder.path, guard.folder_lost)
+    content = from_first_rank(lock.acquire)
+    if rank == 0:
+        guard.hold(lock)
+    on_all_ranks(lambda: check_shared(folder.lock, content))
+    guard.record_in(folder.path)
+    store = config.checkpoint.mirror
+    mirror = Mirror(store, folder) if store is not None and rank == 0 else None
+
+    def find() -> Path | None:
+        if mirror is not None:
+            mirror.claim()
+            mirror.fetch(config.train.resume)
+        return where_to_resume(config)
+
+    guard.begin("looking for a checkpoint", within=LONG_SECONDS if store is None else READING_SECONDS)
+    return from_first_rank(find), mirror
 
 
 def where_to_resume(config: Config) -> Path | None:
