@@ -229,7 +229,7 @@ def parse_manifest(path: Path | str, content: bytes) -> Manifest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise damaged(path, f"{field}: {first['msg']}") from error
-    if "on_spike" in manifest.config.get("train", {}):
+    if "on_spike" in manifest.config.get("train", {}):  # which no later release writes
         raise CheckpointError(f"{path}: of release 0.2; use that release, or begin with what it exports")
     for setting, name in manifest.optimizers.items():
         if not isinstance(name, str) or optimizer_named(name) is None:

@@ -1,5 +1,6 @@
 """Compares runs in a table, and in figures."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def main(
         raise ConfigError(missing, "the command line")
     found = []
     faults = []
-    for folder in (folder for name in runs for folder in run_folders(Path(name))):
+    for folder in itertools.chain.from_iterable(run_folders(Path(name)) for name in runs):
         try:
             found.append(read_run(folder))
         except CompareError as error:

@@ -20,10 +20,15 @@ def test_the_table_names_what_is_not_there():
         assert (name in SETTINGS) == bool(is_value), key
 
 
-def test_a_setting_of_a_source_counts():
+def test_an_element_of_a_list_and_a_setting_of_a_source_count():
     sources = [{"source": "a"}, {"source": "b", "max_epochs": 2}]
-    given = tree(data={"train": sources}, optim={"rule": {"projection_rank": 1}, "matrices": "galore"})
+    given = tree(
+        method={"operators": [1, 7]},
+        data={"train": sources},
+        optim={"rule": {"projection_rank": 1}, "matrices": "galore"},
+    )
     assert faults_of(given) == [
         f"data.train.1.max_epochs: only release 0.2 has this setting; {removed.REMOVED['data.max_epochs']}",
+        f"method.operators.1: only release 0.2 has 7; {removed.REMOVED['method.operators=7']}",
         f"optim.matrices: only release 0.2 has galore; {removed.REMOVED['optim.matrices=galore']}",
     ]

@@ -41,7 +41,7 @@ def _objects(content: bytes) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class Run:
     """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl; ``starts``:
-    those of starts.jsonl."""
+    those of starts.jsonl, or an empty one if it has none."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -70,7 +70,7 @@ class Run:
 
     def noted(self, what: str) -> Any:
         """What the newest start noted; None if it did not."""
-        return self.starts[-1].get(what) if self.starts else None
+        return self.starts[-1].get(what)
 
     @property
     def seed(self) -> tuple[Any, ...]:
@@ -103,7 +103,7 @@ class Run:
         return self.series(_tag(name, "loss"))
 
     def scored(self, name: str, what: str) -> Any:
-        """The ``tokens`` or the ``digest`` of what the newest evaluation scored; not all kept records have them."""
+        """The ``tokens`` or the ``digest`` of what the newest evaluation scored; not all kept runs have them."""
         tag = _tag(name, what)
         return next((line[tag] for line in reversed(self.lines) if tag in line), None)
 
@@ -127,7 +127,7 @@ class Run:
             changes = {step: changed for step, changed in changes.items() if step < start["step"]}
             if start.get(CHANGED):
                 changes[start["step"]] = start[CHANGED]
-        return [(self.starts[0].get("step", 0) if self.starts else 0, []), *changes.items()]
+        return [(self.starts[0].get("step", 0), []), *changes.items()]
 
     @cached_property
     def notes(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def read_run(folder: Path) -> Run:
     if not given.keys() >= NEEDED:
         raise CompareError(f"{files.config}: not the settings of a run; give the train.run_dir of a run")
     newer = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
-    newest = starts[-1] if starts else {}
-    epochs = newest.get("epochs")  # the config has them, and the fraction, converted to steps
-    lengths = {"train.epochs": epochs, "optim.warmup_fraction": epochs and newest.get("warmup_fraction")}
+    starts = starts or [{}]
+    epochs = starts[-1].get("epochs")  # the config has them, and the fraction, converted to steps
+    lengths = {"train.epochs": epochs, "optim.warmup_fraction": epochs and starts[-1].get("warmup_fraction")}
     return Run(folder, newer | given | lengths, lines, starts)

@@ -58,7 +58,6 @@ class StudyFolder:
         from relora_mora.data.named_sets import with_commits  # a late import: it loads all data readers
 
         folder = self.path / "settings"
-        folder.mkdir(parents=True, exist_ok=True)
         given = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
         # a run writes its config only after it has found no fault in its settings
         begun = (cell for cell in configs if self.run(cell).config.exists() and self.settings(cell) in given)
@@ -66,10 +65,11 @@ class StudyFolder:
             f"{self.run(cell).path} was started with other settings ({changed}); remove it and {self.settings(cell)}, "
             "give another --out, or put back what has changed"
             for cell in begun
-            if (changed := _changed_settings(given[self.settings(cell)], configs[cell]))
+            if (changed := _changed_settings(self.settings(cell), given[self.settings(cell)], configs[cell]))
         ]
         if faults:
             raise ValueError("\n".join(faults))
+        folder.mkdir(parents=True, exist_ok=True)
         commits = {
             revision: commit for tree in given.values() for revision, commit in tree["data"].get("commits", {}).items()
         }
@@ -80,9 +80,9 @@ class StudyFolder:
             write_synced(self.settings(cell), json.dumps(tree, ensure_ascii=False) + "\n")
 
 
-def _changed_settings(given: Mapping[str, Any], config: Config) -> str:
-    """The settings that differ from those with which a cell was started."""
-    known = stored_config(given, "the cell's settings")  # newer settings get their defaults
+def _changed_settings(path: Path, given: Mapping[str, Any], config: Config) -> str:
+    """The settings that differ from those in a cell's file, with which it was started."""
+    known = stored_config(given, str(path))  # newer settings get their defaults
     compared = compared_settings(known.by_name).keys() | compared_settings(config.by_name).keys()
     compared -= {"data.commits"}  # a resume compares the text at its commits itself
     return ", ".join(sorted(name for name in compared if known.by_name[name] != config.by_name[name]))

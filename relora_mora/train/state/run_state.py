@@ -100,5 +100,5 @@ class RunState:
         if not own:  # its evaluations, and the checkpoints to go back to, are in another folder
             return replace(state, rollbacks=0, bad_steps=0, bad_data=[])
         evaluated = state.step if counters["evaluated"] else None
-        best = counters.get("best")  # release 0.2 had none
+        best = counters["best"]
         return replace(state, saved=state.step, evaluated=evaluated, best=best and Best(**best))
